@@ -1,0 +1,36 @@
+"""Training convolutional nets without batch statistics: Deep Control and Mean Shift Rejection for PyTorch."""
+
+from pathlib import Path as _Path
+from pkgutil import extend_path as _extend_path
+
+# In a checkout the subpackage triton_kernels lies beside this folder and the compiled extension may be in an installed
+# copy that the checkout shadows; both are found through the package's path.
+__path__ = _extend_path(__path__, __name__)
+if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (_Path(__file__).parent / "triton_kernels").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))
+
+from . import backends, functional, reference  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .mean_shift import project_kernel_gradients_  # noqa: E402
+from .modules import (  # noqa: E402
+    DeepControl1d,
+    DeepControl2d,
+    DeepControl3d,
+    DeepControlConv1d,
+    DeepControlConv2d,
+    DeepControlConv3d,
+)
+
+__all__ = [
+    "DeepControl1d",
+    "DeepControl2d",
+    "DeepControl3d",
+    "DeepControlConv1d",
+    "DeepControlConv2d",
+    "DeepControlConv3d",
+    "__version__",
+    "backends",
+    "functional",
+    "project_kernel_gradients_",
+    "reference",
+]

@@ -1,0 +1,140 @@
+"""Loads the compiled extension, or keeps the reason why it cannot be loaded.
+
+After import, ``torch.ops.deepcontrol`` holds the ops of ``csrc/ops.cpp`` if and only if ``unavailable`` is None. Their
+shape functions for ``torch.compile`` (fakes) are registered here, and only then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from . import activations
+from ._version import __version__
+
+_REBUILD = "rebuild it with: pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout: make build)"
+
+
+def _load():
+    """The extension module and None, or None and the reason."""
+    package = importlib.import_module(__package__)
+    folder = next((Path(p) for p in package.__path__ if (Path(p) / "_build_info.json").exists()), None)
+    if folder is None:
+        return None, "the compiled extension is not built (was there a C++ compiler when the package was installed?)"
+    info = json.loads((folder / "_build_info.json").read_text())
+    built, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (info["torch"], torch.__version__))
+    if built != running:
+        return None, f"the compiled extension was built for torch {info['torch']} and this is {torch.__version__}; {_REBUILD}"
+    if info["version"] != __version__:
+        return None, f"the compiled extension is of version {info['version']}, the package is {__version__}; {_REBUILD}"
+    try:
+        return importlib.import_module("._C", __package__), None
+    except (ImportError, OSError) as error:
+        return None, f"the compiled extension does not load: {error}; {_REBUILD}"
+
+
+extension, unavailable = _load()
+
+
+def channels_innermost(tensor: Tensor) -> bool:
+    """Whether the kernels see the (N, C, *spatial) tensor as rows of channels rather than as rows of pixels."""
+    return tensor.shape[2:].numel() == 1 or suggest_memory_format(tensor) is not torch.contiguous_format
+
+
+def bits_shape(shape: torch.Size, channels_are_innermost: bool) -> tuple[int, int, int]:
+    """Shape of the uint8 tensor that keeps one bit an element: rows padded to whole bytes, lowest bit first."""
+    samples, channels, pixels = shape[0], shape[1], shape[2:].numel()
+    if channels_are_innermost:
+        return (samples, pixels, (channels + 7) // 8)
+    return (samples, channels, (pixels + 7) // 8)
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size, channels_are_innermost: bool) -> Tensor:
+    """The bool tensor of ``shape`` (N, C, *spatial) that ``bits`` keeps."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    rows = ((bits.unsqueeze(-1) >> places) & 1).bool().flatten(-2)
+    if channels_are_innermost:
+        rows = rows[..., : shape[1]].transpose(1, 2)
+    else:
+        rows = rows[..., : shape[2:].numel()]
+    return rows.reshape(shape)
+
+
+def _conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    for tensor in (input, weight):
+        if (memory_format := suggest_memory_format(tensor)) is not torch.contiguous_format:
+            return memory_format
+    return torch.contiguous_format
+
+
+def _center_results(output: Tensor, centred: bool, activation: str, save: bool):
+    """(output, map_mean, saved) as the kernels return them for an output like ``output``."""
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=dtype)
+    if save and activation in activations.PIECEWISE:
+        saved = output.new_empty(bits_shape(output.shape, channels_innermost(output)), dtype=torch.uint8)
+    elif save and activation in activations.SMOOTH:
+        saved = torch.empty_like(output)
+    else:
+        saved = output.new_empty((0,))
+    return output, map_mean, saved
+
+
+def _vector_grads(channels: int, like: Tensor, wanted) -> list[Tensor | None]:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [like.new_empty((channels,), dtype=dtype) if want else None for want in wanted]
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=suggest_memory_format(tensor))
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+
+    @fake("deepcontrol::center")
+    def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
+        return _center_results(_dense_like(input), mean_scale is not None or constant != 0.0, activation, save)
+
+    @fake("deepcontrol::center_backward")
+    def _(grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask):
+        grads = _vector_grads(grad_output.shape[1], grad_output, mask[1:4])
+        like = [_dense_like(grad_output) if want else None for want in (mask[0], mask[4])]
+        return like[0], *grads, like[1]
+
+    @fake("deepcontrol::conv_center")
+    def _(input, weight, gain, mean_scale, constant, bias, residual, stride, padding, dilation, groups, activation,
+          slope, save):  # fmt: skip
+        zeros = [0] * len(stride)
+        z = torch.ops.aten.convolution(input, weight, None, stride, padding, dilation, False, zeros, groups)
+        output = torch.empty_like(z, memory_format=_conv_memory_format(input, weight))
+        return _center_results(output, mean_scale is not None or constant != 0.0, activation, save)
+
+    @fake("deepcontrol::conv_center_backward")
+    def _(grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,
+          activation, slope, projection, mask):  # fmt: skip
+        operands = [_dense_like(t) if want else None for t, want in zip((input, weight), mask)]
+        vectors = _vector_grads(weight.shape[0], input, mask[2:5])
+        grad_residual = torch.empty_like(grad_output, memory_format=_conv_memory_format(input, weight))
+        return *operands, *vectors, grad_residual if mask[5] else None
+
+    @fake("deepcontrol::window_mean")
+    def _(input, kernel_size, stride, padding, dilation):
+        return input.new_empty((*input.shape[:2], *kernel_size))
+
+    @fake("deepcontrol::project_kernel_gradients_")
+    def _(gradients, weight):
+        return None
+
+    @fake("deepcontrol::finish_weight_grad_")
+    def _(grad_weight, weight, gain, scale, projection):
+        return _vector_grads(weight.shape[0], weight, (True,))[0]
+
+
+if extension is not None:
+    _register_fakes()

@@ -1,0 +1,324 @@
+"""The ops as functions: argument checks, autocast, choice of backend. Conventions of ``torch.nn.functional``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import activations, autograd, backends, reference
+
+__all__ = ["deep_control", "deep_control_conv1d", "deep_control_conv2d", "deep_control_conv3d"]
+
+
+def deep_control(
+    input: Tensor,
+    gain: Tensor | None = None,
+    mean_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """Automatic gain control of every map: ``act(gain * (input - mean_scale * mean(input)) + bias + residual)``.
+
+    The mean is over the spatial dimensions, per sample and per channel; nothing depends on the batch or on
+    ``train()`` / ``eval()``. Source: arXiv 1706.03907, abstract.
+
+    Args:
+        input: (N, C, *spatial), one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        gain: (C,) or (1,), or None for 1.
+        mean_scale: (C,) or (1,), or a float, or None for 1. The float 0.0 skips the mean.
+        bias: (C,) or (1,), or None for 0.
+        residual: same shape and dtype as ``input``, added before the activation.
+        activation: identity, relu, leaky_relu, relu6, silu, gelu or hardswish.
+        negative_slope: slope of leaky_relu below zero.
+        backend: a name of ``backends.available()``, or None for automatic choice.
+
+    Vectors have the dtype of ``input``, or float32 beside a 16-bit ``input``.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was given and what is wanted.
+        RuntimeError: the backend asked for cannot run.
+    """
+    if torch.is_autocast_enabled(input.device.type) and residual is not None:
+        residual = residual.to(input.dtype)
+    _check_input(input, None)
+    _check_vectors(input, input.shape[1], gain, mean_scale, bias)
+    _check_residual(input, residual, input.shape)
+    _check_activation(activation)
+    if 0 in input.shape[2:]:
+        raise ValueError(f"input: got an empty map, shape {tuple(input.shape)}, wanted at least one pixel")
+    if backends.choose(input, backend) == "reference":
+        return reference.deep_control(
+            input, gain, mean_scale, bias, residual=residual, activation=activation, negative_slope=negative_slope
+        )
+    return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope)
+
+
+def _deep_control_conv(
+    rank: int,
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    mean_scale: Tensor | float | None,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    projection: float,
+    backend: str | None,
+) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, residual = _autocast(input), _autocast(weight), _autocast(residual)
+    _check_input(input, rank)
+    stride = _tuple("stride", stride, rank, 1)
+    dilation = _tuple("dilation", dilation, rank, 1)
+    _check_weight(input, weight, rank, groups)
+    _check_vectors(input, weight.shape[0], gain, mean_scale, bias)
+    _check_activation(activation)
+    if not 0.0 <= projection <= 1.0:
+        raise ValueError(f"projection: got {projection!r}, wanted a number from 0 to 1")
+    input, padding = _resolve_padding(input, weight, padding, stride, dilation, rank)
+    out_shape = _output_shape(input, weight, stride, padding, dilation)
+    _check_residual(input, residual, out_shape)
+    if backends.choose(input, backend) == "reference":
+        return reference.deep_control_conv(
+            input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
+            residual=residual, activation=activation, negative_slope=negative_slope, projection=projection,
+        )  # fmt: skip
+    return autograd.conv_center(
+        input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,
+        negative_slope, projection,
+    )  # fmt: skip
+
+
+def deep_control_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    mean_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    projection: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``deep_control(conv1d(input, weight), ...)`` on (N, C, L); see ``deep_control_conv2d``."""
+    return _deep_control_conv(
+        1, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
+        negative_slope, projection, backend,
+    )  # fmt: skip
+
+
+def deep_control_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    mean_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    projection: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution with automatic gain control in every filter, residual and activation as one op.
+
+    ``act(gain * (z - mean_scale * mean_hw(z)) + bias + residual)`` with ``z = conv2d(input, weight)``; the mean is
+    per sample and per map. Source: arXiv 1706.03907, abstract.
+
+    Args:
+        input: (N, C, H, W); float32, float64, bfloat16 or float16; contiguous and channels_last are both native.
+        weight: (O, C / groups, kH, kW), dtype of ``input``.
+        gain: (O,) or (1,), or None for 1.
+        mean_scale: (O,) or (1,), or a float, or None for 1. The float 0.0 skips the mean.
+        bias: (O,) or (1,), or None for 0.
+        stride, dilation, groups: as in ``torch.nn.functional.conv2d``.
+        padding: an int, one int a dimension, "valid" or "same" (stride 1 only).
+        residual: (N, O, P, Q), dtype of ``input``, added before the activation.
+        activation: identity, relu, leaky_relu, relu6, silu, gelu or hardswish.
+        negative_slope: slope of leaky_relu below zero.
+        projection: weight from 0 to 1 of the mean over a kernel's taps that backward subtracts from the gradient of
+            ``weight`` (Mean Shift Rejection, arXiv 1911.13173, abstract); kernels of one tap are left alone.
+        backend: a name of ``backends.available()``, or None for automatic choice.
+
+    Vectors have the dtype of ``input``, or float32 beside a 16-bit ``input``. Under autocast ``input``, ``weight``
+    and ``residual`` are cast like a convolution's operands and the vectors stay as they are.
+
+    Returns:
+        (N, O, P, Q), dtype of ``input``; channels_last if ``input`` or ``weight`` is.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says what was given and what is wanted.
+        RuntimeError: the backend asked for cannot run.
+    """
+    return _deep_control_conv(
+        2, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
+        negative_slope, projection, backend,
+    )  # fmt: skip
+
+
+def deep_control_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    mean_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    projection: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """``deep_control(conv3d(input, weight), ...)`` on (N, C, D, H, W); see ``deep_control_conv2d``."""
+    return _deep_control_conv(
+        3, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
+        negative_slope, projection, backend,
+    )  # fmt: skip
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """What autocast does to an operand of a convolution: floating tensors but float64 go to the autocast dtype."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check_input(input: Tensor, rank: int | None) -> None:
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input: got dtype {input.dtype}, wanted float32, float64, bfloat16 or float16")
+    spatial = input.dim() - 2
+    if rank is None and not 1 <= spatial <= 3:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, *spatial) with 1 to 3 spatial dimensions")
+    if rank is not None and spatial != rank:
+        axes = ("L", "H, W", "D, H, W")[rank - 1]
+        raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, {axes})")
+
+
+def _check_companion(name: str, tensor: Tensor, input: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, wanted {wanted} beside an input of {input.dtype}")
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: is on {tensor.device}, wanted the device of input, {input.device}")
+
+
+def _check_vectors(
+    input: Tensor, channels: int, gain: Tensor | None, mean_scale: Tensor | float | None, bias: Tensor | None
+) -> None:
+    dtypes = (input.dtype,) if input.dtype.itemsize > 2 else (torch.float32, input.dtype)
+    for name, vector in (("gain", gain), ("mean_scale", mean_scale), ("bias", bias)):
+        if vector is None:
+            continue
+        if not isinstance(vector, Tensor):
+            if name == "mean_scale" and isinstance(vector, (int, float)):
+                continue
+            kinds = "a tensor, a float or None" if name == "mean_scale" else "a tensor or None"
+            raise TypeError(f"{name}: got {type(vector).__name__}, wanted {kinds}")
+        if vector.dim() != 1 or vector.shape[0] not in (channels, 1):
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, wanted ({channels},) or (1,)")
+        _check_companion(name, vector, input, dtypes)
+
+
+def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int) -> None:
+    if weight.dim() != rank + 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted {rank + 2} dimensions (O, C / groups, *kernel)")
+    _check_companion("weight", weight, input, (input.dtype,))
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: got {groups!r}, wanted a positive divisor of the {weight.shape[0]} filters")
+    if weight.shape[1] * groups != input.shape[1]:
+        raise ValueError(
+            f"weight: got {weight.shape[1]} input channels a group and {groups} groups, "
+            f"wanted {weight.shape[1]} * {groups} = {input.shape[1]}, the channels of input"
+        )
+
+
+def _check_residual(input: Tensor, residual: Tensor | None, shape: Sequence[int]) -> None:
+    if residual is None:
+        return
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"residual: got shape {tuple(residual.shape)}, wanted the output's, {tuple(shape)}")
+    _check_companion("residual", residual, input, (input.dtype,))
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in activations.ACTIVATIONS:
+        raise activations.unknown(activation)
+
+
+def _tuple(name: str, value: int | Sequence[int], rank: int, least: int) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= rank
+    if len(values) != rank or any(v < least for v in values):
+        raise ValueError(f"{name}: got {value!r}, wanted one or {rank} integers of at least {least}")
+    return values
+
+
+def _resolve_padding(
+    input: Tensor,
+    weight: Tensor,
+    padding: str | int | Sequence[int],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    rank: int,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Padding as one int a dimension; where "same" is uneven, ``input`` comes back padded on its far side."""
+    if not isinstance(padding, str):
+        return input, _tuple("padding", padding, rank, 0)
+    if padding == "valid":
+        return input, (0,) * rank
+    if padding != "same":
+        raise ValueError(f"padding: got {padding!r}, wanted integers, 'valid' or 'same'")
+    if any(s != 1 for s in stride):
+        raise ValueError(f"padding: got 'same' with stride {stride}, wanted stride 1")
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+    if any(total % 2 for total in totals):
+        input = F.pad(input, [p for total in reversed(totals) for p in (0, total % 2)])
+    return input, tuple(total // 2 for total in totals)
+
+
+def _output_shape(
+    input: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...]:
+    out = tuple(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    )
+    if any(size < 1 for size in out):
+        raise ValueError(
+            f"input: got maps of {tuple(input.shape[2:])}, which leave an empty output under kernel "
+            f"{tuple(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}; wanted larger maps"
+        )
+    return (input.shape[0], weight.shape[0], *out)
