@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import _ops, activations
 from .reference import per_map, project, spatial
@@ -88,6 +89,7 @@ class _Center(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
         ctx.like = (output.shape, _ops.channels_innermost(output))
+        ctx.format = suggest_memory_format(output)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, activation, slope)
         return output, map_mean, saved
@@ -103,8 +105,9 @@ class _Center(torch.autograd.Function):
             passes_through = activation == "identity"
             mask = [needs[0], needs[1], needs[2], needs[3], needs[4] and not passes_through]
             grads = _center_backward(
-                grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask
-            )
+                grad_output.contiguous(memory_format=ctx.format), input, gain, mean_scale, constant, map_mean, saved,
+                activation, slope, mask,
+            )  # fmt: skip
             vectors = _fold(grads[1:4], ctx.vectors)
             return grads[0], *vectors, grad_output if needs[4] and passes_through else grads[4], None, None, None
 

@@ -1,0 +1,144 @@
+// center and center_backward on CPU tensors: layouts, outputs, threads; the arithmetic is in kernels_impl.h.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace deepcontrol::cpu {
+
+Centred center_into(const Tensor& z, const Tensor& output, const Tensor& gain, const Tensor& mean_scale,
+                    double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
+                    double slope, bool save) {
+  CenterForward p{};
+  p.layout = layout_of(z, z.element_size());
+  p.dtype = dtype_of(z);
+  p.activation = activation;
+  p.slope = slope;
+  p.constant = constant;
+  Centred result;
+  const bool centred = mean_scale.defined() || constant != 0.0;
+  const auto vectors = z.options().dtype(accumulation_type(z)).memory_format(std::nullopt);
+  result.map_mean = at::empty(centred ? at::IntArrayRef({z.size(0), z.size(1)}) : at::IntArrayRef({0}), vectors);
+  Tensor dense_residual;
+  if (residual && residual->defined()) {
+    TORCH_CHECK_VALUE(residual->sizes() == z.sizes(), "residual: got shape ", residual->sizes(), ", wanted ", z.sizes());
+    TORCH_CHECK_TYPE(residual->scalar_type() == z.scalar_type(), "residual: got dtype ", residual->scalar_type(),
+                     ", wanted ", z.scalar_type());
+    dense_residual = residual->contiguous(z.suggest_memory_format());
+  }
+  if (save && is_piecewise(activation)) {
+    result.saved = at::empty(bits_shape(p.layout), z.options().dtype(at::kByte).memory_format(std::nullopt));
+    p.bits = result.saved.mutable_data_ptr<uint8_t>();
+  } else if (save && is_smooth(activation)) {
+    result.saved = at::empty_like(z);
+    p.pre_activation = mutable_data(result.saved);
+  } else {
+    result.saved = at::empty({0}, z.options().memory_format(std::nullopt));
+  }
+  p.input = data(z);
+  p.residual = data(dense_residual);
+  p.gain = data(gain);
+  p.mean_scale = data(mean_scale);
+  p.bias = data(bias);
+  p.output = mutable_data(output);
+  p.map_mean = centred ? mutable_data(result.map_mean) : nullptr;
+  for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
+            [&](int64_t begin, int64_t end) { kernels().center_forward(p, begin, end); });
+  return result;
+}
+
+CenteredError center_error(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
+                           const Tensor& mean_scale, double constant, const Tensor& saved, Activation activation,
+                           double slope, at::MemoryFormat format, Wanted wanted) {
+  const Tensor grad = grad_output.contiguous(format);
+  CenterBackward p{};
+  p.layout = layout_of(grad, 2 * grad.element_size());
+  p.dtype = dtype_of(grad);
+  p.activation = activation;
+  p.slope = slope;
+  p.constant = constant;
+  p.centred = mean_scale.defined() || constant != 0.0;
+  CenteredError result;
+  const auto vectors = grad.options().dtype(accumulation_type(grad)).memory_format(std::nullopt);
+  if (wanted.grad_input) result.grad_input = at::empty_like(grad);
+  if (wanted.grad_residual) result.grad_residual = at::empty_like(grad);
+  if (wanted.sums) result.sums = at::empty({grad.size(0), grad.size(1)}, vectors);
+  if (wanted.dots) result.dots = at::empty({grad.size(0), grad.size(1)}, vectors);
+  const Tensor dense_input = wanted.dots ? input.contiguous(format) : Tensor();
+  p.grad_output = data(grad);
+  p.input = data(dense_input);
+  if (is_piecewise(activation)) {
+    TORCH_CHECK_VALUE(saved.scalar_type() == at::kByte && saved.is_contiguous() &&
+                          saved.sizes() == at::IntArrayRef(bits_shape(p.layout)),
+                      "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the bits that forward returned");
+    p.bits = saved.const_data_ptr<uint8_t>();
+  } else if (is_smooth(activation)) {
+    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.suggest_memory_format() == format,
+                      "saved: got shape ", saved.sizes(), ", wanted the pre-activation that forward returned");
+    p.pre_activation = data(saved);
+  }
+  p.scale = data(scale);
+  p.mean_scale = data(mean_scale);
+  p.grad_input = mutable_data(result.grad_input);
+  p.grad_residual = mutable_data(result.grad_residual);
+  p.sums = mutable_data(result.sums);
+  p.dots = mutable_data(result.dots);
+  for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
+            [&](int64_t begin, int64_t end) { kernels().center_backward(p, begin, end); });
+  return result;
+}
+
+static std::tuple<Tensor, Tensor, Tensor> center(
+    const Tensor& input, const OptionalTensor& gain, const OptionalTensor& mean_scale, double constant,
+    const OptionalTensor& bias, const OptionalTensor& residual, c10::string_view activation, double slope, bool save) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor x = dense(input);
+  const auto type = accumulation_type(x);
+  const int64_t channels = x.size(1);
+  const Tensor output = at::empty_like(x);
+  const Centred centred = center_into(
+      x, output, vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
+      constant, vector_of(bias, channels, type, "bias"), residual, parse_activation(activation), slope, save);
+  return {output, centred.map_mean, centred.saved};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
+    const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& gain,
+    const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
+    c10::string_view activation, double slope, std::array<bool, 5> mask) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto type = accumulation_type(grad_output);
+  const int64_t channels = grad_output.size(1);
+  const Tensor scale = vector_of(gain, channels, type, "gain");
+  const Tensor mean_scales = vector_of(mean_scale, channels, type, "mean_scale");
+  const bool centred = mean_scales.defined() || constant != 0.0;
+  TORCH_CHECK_VALUE(!mask[1] || (input && input->defined()), "input: missing, wanted for the gradient of gain");
+  const CenteredError error =
+      center_error(grad_output, input.value_or(Tensor()), scale, mean_scales, constant, saved,
+                   parse_activation(activation), slope, grad_output.suggest_memory_format(),
+                   {mask[0], mask[4], mask[1] || mask[2] || mask[3], mask[1]});
+  Tensor grad_gain, grad_mean_scale, grad_bias;
+  if (mask[1]) {
+    grad_gain = error.dots.sum(0);
+    if (centred) {
+      const Tensor means = (map_mean * error.sums).sum(0);
+      grad_gain -= mean_scales.defined() ? means * mean_scales : means * constant;
+    }
+  }
+  if (mask[2]) {
+    grad_mean_scale = (map_mean * error.sums).sum(0).neg_();
+    if (scale.defined()) grad_mean_scale *= scale;
+  }
+  if (mask[3]) grad_bias = error.sums.sum(0);
+  return {error.grad_input, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
+}
+
+TORCH_LIBRARY_IMPL(deepcontrol, CPU, m) {
+  m.impl("center", center);
+  m.impl("center_backward", center_backward);
+}
+
+}  // namespace deepcontrol::cpu

@@ -1,0 +1,105 @@
+// conv_center and conv_center_backward on CPU tensors: oneDNN through ATen for the convolutions, center around it.
+//
+// On a CPU the gain rides on the activations, which the centring touches anyway, and not on the weights, where it would
+// cost a pass and a copy of its own: forward multiplies z by it, backward multiplies dz' by it. So the library's weight
+// gradient comes out multiplied by gain, and dgain = sum(weight * dw') divides it out again. Filters whose gain is too
+// small to divide by, zero above all, go the other way round: their dz' stays as it is and their weights are scaled.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/all.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/ge.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace deepcontrol::cpu {
+
+static at::MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
+  const auto format = input.suggest_memory_format();
+  return format != at::MemoryFormat::Contiguous ? format : weight.suggest_memory_format();
+}
+
+static std::tuple<Tensor, Tensor, Tensor> conv_center(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& gain, const OptionalTensor& mean_scale,
+    double constant, const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view activation, double slope,
+    bool save) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const std::vector<int64_t> no_output_padding(stride.size(), 0);
+  const Tensor z = at::convolution(dense(input), weight, {}, stride, padding, dilation, false, no_output_padding, groups)
+                       .contiguous(format_of(input, weight));
+  const auto type = accumulation_type(z);
+  const int64_t filters = weight.size(0);
+  const Tensor gains = vector_of(gain, filters, type, "gain");
+  Centred centred = center_into(z, z, gains, vector_of(mean_scale, filters, type, "mean_scale"), constant,
+                                vector_of(bias, filters, type, "bias"), residual, parse_activation(activation), slope,
+                                save);
+  if (gains.defined() && centred.map_mean.dim() == 2) centred.map_mean.mul_(gains);
+  return {z, centred.map_mean, centred.saved};
+}
+
+// dz' is multiplied by `on_error` and the weights by `on_weight`; their product is the gain.
+struct SplitGain {
+  Tensor on_error, on_weight;
+
+  explicit SplitGain(const Tensor& gain) {
+    constexpr double kLeastDivisor = 1.0 / 4096;
+    if (!gain.defined()) return;
+    const Tensor divides = gain.abs() >= kLeastDivisor;
+    on_error = gain;
+    if (divides.all().item<bool>()) return;
+    on_error = at::where(divides, gain, 1.0);
+    on_weight = at::where(divides, 1.0, gain);
+  }
+};
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
+    const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    c10::string_view activation, double slope, double projection, std::array<bool, 6> mask) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto type = accumulation_type(input);
+  const int64_t filters = weight.size(0);
+  const bool through_conv = mask[0] || mask[1] || mask[2];
+  const SplitGain split(vector_of(gain, filters, type, "gain"));
+  const CenteredError error = center_error(
+      grad_output, {}, split.on_error, vector_of(mean_scale, filters, type, "mean_scale"), constant, saved,
+      parse_activation(activation), slope, format_of(input, weight), {through_conv, mask[5], mask[3] || mask[4], false});
+
+  Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
+  if (through_conv) {
+    Tensor scaled_weight = weight;
+    if (split.on_weight.defined() && mask[0]) {
+      std::vector<int64_t> per_filter(weight.dim(), 1);
+      per_filter[0] = filters;
+      scaled_weight = (weight * split.on_weight.view(per_filter)).to(weight.scalar_type());
+    }
+    const std::vector<int64_t> no_output_padding(stride.size(), 0);
+    std::tie(grad_input, grad_weight, std::ignore) =
+        at::convolution_backward(error.grad_input, dense(input), scaled_weight, std::nullopt, stride, padding, dilation,
+                                 false, no_output_padding, groups, {mask[0], mask[1] || mask[2], false});
+    if (mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
+  }
+  if (mask[1] || mask[2]) {
+    grad_weight = grad_weight.contiguous(weight.suggest_memory_format());
+    grad_gain = finish_weight_grad(grad_weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
+                                   mask[2]);
+    if (!mask[1]) grad_weight.reset();
+  }
+  if (mask[3]) grad_mean_scale = (map_mean * error.sums).sum(0).neg_();
+  if (mask[4]) grad_bias = error.sums.sum(0);
+  return {grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
+}
+
+TORCH_LIBRARY_IMPL(deepcontrol, CPU, m) {
+  m.impl("conv_center", conv_center);
+  m.impl("conv_center_backward", conv_center_backward);
+}
+
+}  // namespace deepcontrol::cpu

@@ -1,0 +1,103 @@
+// What passes between the ATen side (center.cpp, conv_center.cpp, ...) and the kernels, which are compiled once for each
+// instruction set. Plain pointers and sizes only.
+#pragma once
+
+#include <cstdint>
+
+namespace deepcontrol::cpu {
+
+enum class Dtype { f32, f64, bf16, f16 };
+
+enum class Activation { identity, relu, leaky_relu, relu6, silu, gelu, hardswish };
+
+// A dense (N, C, *spatial) tensor as rows: of channels, one row a pixel (channels_last), or of pixels, one row a map.
+struct Layout {
+  int64_t samples;
+  int64_t channels;
+  int64_t pixels;
+  bool channels_innermost;
+  int64_t block;  // channels of one task; 1 for rows of pixels
+
+  int64_t blocks() const { return (channels + block - 1) / block; }
+  int64_t tasks() const { return samples * blocks(); }
+  int64_t bytes_of_bits_row() const { return ((channels_innermost ? channels : pixels) + 7) / 8; }
+};
+
+// Vectors, means and sums are in the accumulation type: double for f64, else float. Null means absent.
+struct CenterForward {
+  Layout layout;
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  const void* input;
+  const void* residual;
+  const void* gain;
+  const void* mean_scale;
+  const void* bias;
+  void* output;          // may be `input`
+  void* map_mean;        // (N, C), null: leave the mean in
+  void* pre_activation;  // like output, for smooth activations
+  uint8_t* bits;         // rows of bits, for piecewise linear activations
+};
+
+struct CenterBackward {
+  Layout layout;
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;
+  bool centred;
+  const void* grad_output;
+  const void* input;  // for `dots`
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* scale;  // (C): grad_input = scale * (e - mean_scale * mean(e))
+  const void* mean_scale;
+  void* grad_input;
+  void* grad_residual;  // e
+  void* sums;           // (N, C): sum of e
+  void* dots;           // (N, C): sum of e * input
+};
+
+// Spatial sizes, outermost first, with leading dimensions of one.
+struct WindowMean {
+  Layout layout;
+  Dtype dtype;
+  int64_t size[3], output[3], kernel[3], stride[3], padding[3], dilation[3];
+  const void* input;
+  void* means;  // (N, C, *kernel), contiguous
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+};
+
+// The gradient of one weight, (filters, channels, taps).
+struct WeightGrad {
+  Dtype dtype;
+  int64_t filters, channels, taps;
+  bool channels_innermost;
+  double projection;
+  void* grad;
+  const void* weight;  // for `dots`
+  const void* factor;  // (filters): the gradient is multiplied by it
+  const void* divisor; // (filters): what `dots` are divided by
+  void* dots;          // (filters): sum of weight * grad / divisor
+};
+
+// Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
+struct Kernels {
+  const char* isa;
+  void (*center_forward)(const CenterForward&, int64_t begin, int64_t end);
+  void (*center_backward)(const CenterBackward&, int64_t begin, int64_t end);
+  void (*window_mean)(const WindowMean&, int64_t begin, int64_t end);
+  void (*finish_weight_grad)(const WeightGrad&, int64_t begin, int64_t end);
+};
+
+// Channels of a task never exceed this, so that the vectors of one task lie on the stack.
+constexpr int64_t kMostChannels = 512;
+
+// The kernels for this machine: the widest instruction set it has, or the one DEEPCONTROL_ISA names.
+const Kernels& kernels();
+const char* isa_name();
+
+}  // namespace deepcontrol::cpu

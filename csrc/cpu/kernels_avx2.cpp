@@ -1,0 +1,25 @@
+// The kernels for AVX2 with FMA and F16C: 8 floats a vector.
+
+#include "kernels_headers.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define DC_AVX2
+
+namespace deepcontrol::cpu::avx2 {
+#include "simd.h"
+
+#include "kernels_impl.h"
+
+extern const Kernels table;
+const Kernels table{"avx2", center_forward, center_backward, window_mean, finish_weight_grad};
+}  // namespace deepcontrol::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

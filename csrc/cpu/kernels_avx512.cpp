@@ -1,0 +1,25 @@
+// The kernels for AVX-512 (F, BW, DQ, VL): 16 floats a vector.
+
+#include "kernels_headers.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define DC_AVX512
+
+namespace deepcontrol::cpu::avx512 {
+#include "simd.h"
+
+#include "kernels_impl.h"
+
+extern const Kernels table;
+const Kernels table{"avx512", center_forward, center_backward, window_mean, finish_weight_grad};
+}  // namespace deepcontrol::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
