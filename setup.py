@@ -1,0 +1,167 @@
+"""Builds deepcontrol_cuda; its metadata is in pyproject.toml.
+
+The compiled extension fits only the torch it is built with, so install that torch first and build in its environment:
+``pip install --no-build-isolation .``. Environment variables:
+
+DEEPCONTROL_EXTENSION=0  leaves the extension out; the package then runs through its PyTorch reference.
+DEEPCONTROL_CUDA=0|1     leaves the CUDA kernels out, or refuses to build without them.
+MAX_JOBS=n               is the number of compilers at a time, else chosen from cores and free memory.
+CXX=name                 is the C++ compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"deepcontrol_cuda: {error}. Install torch first, then use: pip install --no-build-isolation . "
+        "(the compiled extension fits only the torch it is built with)"
+    )
+
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+EXTENSION = "deepcontrol_cuda._C"
+GIBIBYTE = 2**30
+# -g0: CPython's own flags may ask for debug information, which makes the extension ten times as large.
+CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
+NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+
+
+def why_no_extension() -> str | None:
+    """What the extension cannot be built for, or None."""
+    if os.environ.get("DEEPCONTROL_EXTENSION") == "0":
+        return "DEEPCONTROL_EXTENSION=0"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        return f"there is no C++ compiler (looked for {compiler}; CXX names another)"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"there is no {headers / 'Python.h'} (Debian and Ubuntu: apt install python3-dev)"
+    return None
+
+
+def decide_cuda(
+    wanted: str | None, no_extension: str | None, kernels: list[str], torch_cuda: str | None, nvcc: str | None
+) -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and why.
+
+    ``wanted`` is DEEPCONTROL_CUDA. No GPU is looked for, because the machine that builds often has none.
+    """
+    if wanted not in (None, "", "0", "1"):
+        raise ValueError(f"DEEPCONTROL_CUDA: got {wanted!r}, wanted 0 or 1")
+    if wanted == "0":
+        return False, "DEEPCONTROL_CUDA=0"
+    if no_extension is not None:
+        obstacle = f"the extension is left out: {no_extension}"
+    elif not kernels:
+        obstacle = "csrc/cuda holds no kernels"
+    elif torch_cuda is None:
+        obstacle = "this torch is built without CUDA"
+    elif nvcc is None:
+        obstacle = "nvcc is not found (CUDA_HOME names the CUDA toolkit)"
+    else:
+        return True, f"torch is built for CUDA {torch_cuda} and {nvcc} is there"
+    if wanted == "1":
+        raise ValueError(f"DEEPCONTROL_CUDA=1, but {obstacle}")
+    return False, obstacle
+
+
+def find_nvcc() -> str | None:
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    return shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+
+
+def compile_jobs(cores: int, free_bytes: int | None) -> int:
+    """One compiler a core while each has 2 GiB and 2 GiB are left to everything else."""
+    if free_bytes is None:
+        return cores
+    return max(1, min(cores, (free_bytes - 2 * GIBIBYTE) // (2 * GIBIBYTE)))
+
+
+def free_memory() -> int | None:
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def extension(cuda: bool) -> Extension:
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])
+    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    return kind(
+        EXTENSION,
+        sources=sorted(source for pattern in patterns for source in glob(pattern, root_dir=ROOT)),
+        depends=sorted(glob("csrc/**/*.h", root_dir=ROOT, recursive=True)),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("DEEPCONTROL_CUDA", None)] if cuda else [],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=["-fopenmp"],
+    )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def run(self):
+        """Builds, then writes beside the extension what it fits, so that the package can tell before it loads it.
+
+        Without an extension an older one must not stay in use, as it could in a checkout.
+        """
+        super().run()
+        info_file = Path(self.get_ext_fullpath(EXTENSION)).with_name("_build_info.json")
+        if not self.extensions:
+            info_file.unlink(missing_ok=True)
+            return
+        cuda = any(source.endswith(".cu") for source in self.extensions[0].sources)
+        info = {
+            "torch": torch.__version__,
+            "version": self.distribution.get_version(),
+            "cuda": torch.version.cuda if cuda else None,
+        }
+        info_file.write_text(json.dumps(info) + "\n")
+
+
+def main() -> None:
+    no_extension = why_no_extension()
+    kernels = glob("csrc/cuda/*.cu", root_dir=ROOT)
+    try:
+        cuda, reason = decide_cuda(
+            os.environ.get("DEEPCONTROL_CUDA"), no_extension, kernels, torch.version.cuda, find_nvcc()
+        )
+    except ValueError as error:
+        sys.exit(f"deepcontrol_cuda: {error}")
+    if no_extension is None:
+        print(f"deepcontrol_cuda: CUDA kernels: {'yes' if cuda else 'no'}, {reason}")
+        os.environ.setdefault("MAX_JOBS", str(compile_jobs(len(os.sched_getaffinity(0)), free_memory())))
+        # pip installs ninja beside Python, which is not on PATH where the environment is not activated.
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    else:
+        print(f"deepcontrol_cuda: WITHOUT the compiled extension, so the slow reference will run: {no_extension}")
+
+    setup(
+        packages=[
+            *find_packages(include=["deepcontrol_cuda", "deepcontrol_cuda.*"]),
+            "deepcontrol_cuda.triton_kernels",
+        ],
+        # The bare name triton_kernels belongs to another project's package.
+        package_dir={"deepcontrol_cuda.triton_kernels": "triton_kernels"},
+        package_data={"deepcontrol_cuda": ["py.typed"]},
+        ext_modules=[] if no_extension else [extension(cuda)],
+        cmdclass={"build_ext": BuildExtension},
+    )
+
+
+if __name__ == "__main__":
+    main()
