@@ -9,10 +9,11 @@ __path__ = _extend_path(__path__, __name__)
 if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
-from . import backends, functional, reference  # noqa: E402
-from ._version import __version__  # noqa: E402
-from .mean_shift import project_kernel_gradients_  # noqa: E402
-from .modules import (  # noqa: E402
+from . import backends, functional, reference
+from ._version import __version__
+from .convert import replace_conv_bn
+from .mean_shift import project_kernel_gradients_
+from .modules import (
     DeepControl1d,
     DeepControl2d,
     DeepControl3d,
@@ -33,4 +34,5 @@ __all__ = [
     "functional",
     "project_kernel_gradients_",
     "reference",
+    "replace_conv_bn",
 ]

@@ -97,9 +97,11 @@ def replace_conv_bn(
     calls = _Calls(model)
     report = Report(model if inplace else copy.deepcopy(model))
     for name, norm in [(n, m) for n, m in report.model.named_modules() if isinstance(m, _BATCH_NORM)]:
-        conv_name = calls.only_input(name)
+        conv_name = calls.input_of(name)
         conv = None if conv_name is None else report.model.get_submodule(conv_name)
         reason = calls.obstacle(name) or _misfit(conv, norm, initialization) or calls.obstacle(conv_name)
+        if reason is None and calls.only_user(conv_name) != name:
+            reason = f"the output of {conv_name} goes elsewhere too"
         if reason is not None:
             report.left.append(Row(name, type(norm).__name__, "", reason))
             continue
@@ -137,22 +139,22 @@ class _Calls:
             return
         try:
             graph = _ChildrenAreLeaves().trace(module)
-        except Exception as error:  # noqa: BLE001  whatever a forward raises when it meets a proxy
+        except Exception as error:  # a forward may raise anything when it meets a proxy
             self.failures[name] = f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
             return
         called = {n: self.names[id(module.get_submodule(n.target))] for n in graph.nodes if n.op == "call_module"}
         self.count.update(called.values())
         self.edges += [(called.get(node), called.get(user)) for node in graph.nodes for user in node.users]
 
-    def only_input(self, name: str) -> str | None:
-        """The module whose output goes into module ``name`` and nowhere else."""
+    def input_of(self, name: str) -> str | None:
+        """The module whose output is the one input of module ``name``."""
         sources = [source for source, user in self.edges if user == name]
-        return sources[0] if len(sources) == 1 and self.only_user(sources[0]) == name else None
+        return sources[0] if len(sources) == 1 else None
 
-    def only_user(self, name: str | None) -> str | None:
+    def only_user(self, name: str) -> str | None:
         """The module that the output of module ``name`` goes into, if nothing else takes it."""
         users = [user for source, user in self.edges if source == name]
-        return users[0] if name is not None and len(users) == 1 else None
+        return users[0] if len(users) == 1 else None
 
     def obstacle(self, name: str) -> str | None:
         """Why module ``name`` must stay, as far as calls and registration go."""
@@ -179,7 +181,7 @@ def _misfit(conv: nn.Module | None, norm: nn.Module, initialization: str) -> str
     if type(norm) not in _PLAIN_BATCH_NORMS:
         return "not exactly BatchNorm1d, BatchNorm2d or BatchNorm3d"
     if conv is None:
-        return "no module directly in front whose output goes only here"
+        return "no module directly in front"
     if type(conv) not in _CONVS:
         return f"{type(conv).__name__} in front, wanted exactly Conv1d, Conv2d or Conv3d"
     if conv.out_channels != norm.num_features:
@@ -199,7 +201,8 @@ def _deep_control(conv: nn.Module, norm: nn.Module, activation: nn.Module | None
         negative_slope=getattr(activation, "negative_slope", 0.01),
     )  # fmt: skip
     like = conv.weight if norm.weight is None else norm.weight
-    ones, zeros = (torch.full((conv.out_channels,), value, dtype=like.dtype, device=like.device) for value in (1.0, 0.0))
+    ones = torch.ones(conv.out_channels, dtype=like.dtype, device=like.device)
+    zeros = torch.zeros_like(ones)
     if initialization == "folded":
         gain, bias = _folded(norm, conv.bias)
         vectors = {"gain": gain.to(like.dtype), "mean_scale": zeros, "bias": bias.to(like.dtype)}

@@ -1,0 +1,108 @@
+"""Writes what a demo has measured so far: Markdown, pictures and the raw numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from . import pictures
+from .layers import LAYERS, PASSES, Timing
+from .loop import NETWORKS, Run
+
+
+@dataclass
+class Results:
+    """Everything that was measured, and how. ``complete`` turns true when nothing is missing."""
+
+    conditions: dict[str, str]
+    method: list[str]
+    runs: list[Run] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    complete: bool = False
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Write report.md, its pictures and results.json into ``folder``, each in one step, and return report.md's path."""
+    _replace(folder / "results.json", lambda path: path.write_text(json.dumps(asdict(results), indent=1) + "\n"))
+    if results.runs:
+        _replace(folder / "losses.png", lambda path: pictures.losses(results.runs, path))
+    if results.timings:
+        _replace(folder / "layers.png", lambda path: pictures.layers(results.timings, path))
+    report = folder / "report.md"
+    _replace(report, lambda path: path.write_text(_markdown(results)))
+    return report
+
+
+def training_table(runs: list[Run]) -> str:
+    """Markdown: one line for each setting and network, the seeds side by side."""
+    seeds = sorted({run.seed for run in runs})
+    lines = [["setting", "network", f"test accuracy ({_seeds(seeds)})", "final loss", "diverged"]]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        for network in NETWORKS:
+            cell = [run for run in runs if (run.setting, run.network) == (setting, network)]
+            lines.append([
+                setting,
+                network,
+                " / ".join("-" if run.test_accuracy is None else f"{run.test_accuracy:.4f}" for run in cell),
+                " / ".join("-" if run.final_loss is None else f"{run.final_loss:.4f}" for run in cell),
+                " / ".join("no" if run.diverged_at is None else f"step {run.diverged_at}" for run in cell),
+            ])  # fmt: skip
+    return _table(lines)
+
+
+def layer_table(timings: list[Timing], mode: str) -> str:
+    """Markdown: milliseconds of each layer, ratios, and the largest error against float64."""
+    plain, batch_norm, deep_control = LAYERS
+    head = ["layer", *(f"{name}, ms" for name in LAYERS), "BN / plain", "Deep Control / plain", "BN / Deep Control"]
+    lines = [[*head, "error"]]
+    for timing in (t for t in timings if t.mode == mode):
+        ms = timing.milliseconds
+        ratios = (ms[batch_norm] / ms[plain], ms[deep_control] / ms[plain], ms[batch_norm] / ms[deep_control])
+        numbers = [f"{number:.2f}" for number in (*(ms[name] for name in LAYERS), *ratios)]
+        lines.append([timing.shape, *numbers, f"{max(timing.errors.values()):.0e}"])
+    return _table(lines)
+
+
+def _markdown(results: Results) -> str:
+    parts = ["# Deep Control and Batch Norm, measured on this machine"]
+    if not results.complete:
+        parts.append("**Incomplete: the demo is running or was stopped. What is here was measured.**")
+    parts.append(_table([["condition", "value"], *map(list, results.conditions.items())]))
+    if results.runs:
+        parts += ["## Training", *results.method, training_table(results.runs), "![loss curves](losses.png)"]
+    if results.timings:
+        parts += ["## Layers", _LAYERS_TEXT]
+        for mode in PASSES:
+            if any(timing.mode == mode for timing in results.timings):
+                parts += [f"### {mode.capitalize()}", layer_table(results.timings, mode)]
+        parts.append("![layer times](layers.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+_LAYERS_TEXT = """\
+Convolutions of a ResNet-50 at stride 1, float32, channels_last; medians of interleaved runs. Inference: `eval()`, no \
+gradients. Training: forward and backward in `train()`, gradients for the input and all parameters. "plain" is \
+conv + ReLU. BN is timed in eager mode as it is written; at inference one can fold it into the convolution, and then \
+it costs what plain costs. "error" is the largest of the three layers' errors: of output and gradients against \
+float64, relative, in the Euclidean norm."""
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else "seeds " + " / ".join(map(str, seeds))
+
+
+def _table(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    # A reader, or a run that is interrupted here, finds the old file or the new one and never half of one.
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)
