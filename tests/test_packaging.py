@@ -20,6 +20,7 @@ import deepcontrol_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE_PIP = ("-m", "pip", "install", "--no-index", "--no-deps", "--ignore-installed", "--no-build-isolation")
+LEFTOVERS = ("_C.so", "_build_info.json")
 # Registers the ops without their kernels and compiles in seconds: enough where only the way to the extension is tested.
 STAND_IN_MODULE = """
 #include <pybind11/pybind11.h>
@@ -79,9 +80,18 @@ def build_script():
 
 
 @pytest.fixture(scope="module")
-def unpacked_sdist(tmp_path_factory) -> Path:
+def used_checkout(tmp_path_factory) -> Path:
+    """A checkout in which the extension was built in place, for some other torch."""
+    checkout = copy_source(tmp_path_factory.mktemp("used") / "checkout")
+    for name in LEFTOVERS:
+        (checkout / "deepcontrol_cuda" / name).write_text("{}")
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(used_checkout, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "setup.py", "--quiet", "sdist", "-d", folder, cwd=copy_source(folder / "checkout"))
+    run(sys.executable, "setup.py", "--quiet", "sdist", "-d", folder, cwd=used_checkout)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data") if hasattr(tarfile, "data_filter") else file.extractall(folder)
@@ -169,6 +179,12 @@ def test_extension_for_another_torch(tmp_path):
 
 
 @pytest.mark.slow
+def test_sdist_holds_no_build(unpacked_sdist):
+    assert not [name for name in LEFTOVERS if (unpacked_sdist / "deepcontrol_cuda" / name).exists()]
+    assert (unpacked_sdist / "csrc/ops.cpp").exists()
+
+
+@pytest.mark.slow
 def test_wheel_from_sdist(wheel, unpacked_sdist, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
@@ -225,9 +241,9 @@ def test_editable_install(tmp_path):
 @pytest.mark.parametrize(
     "variables", [{"DEEPCONTROL_EXTENSION": "0"}, {"PATH": "", "CXX": "c++"}], ids=["asked", "no-compiler"]
 )
-def test_install_without_extension(variables, unpacked_sdist, tmp_path):
+def test_install_without_extension(variables, used_checkout, tmp_path):
     python = make_environment(tmp_path / "venv")
-    run(python, *OFFLINE_PIP, unpacked_sdist, cwd=tmp_path, **variables)
+    run(python, *OFFLINE_PIP, used_checkout, cwd=tmp_path, **variables)
     script = """if True:
         import warnings
         import torch
