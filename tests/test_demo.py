@@ -59,9 +59,11 @@ def test_numbers_in_the_report_parse_and_are_those_measured(folder):
         assert diverged == "no"
     timings = table(text, "layer")
     assert len(timings) == 1
+    spread = timings[0].pop(-2)
     plain, batch_norm, deep_control, *ratios, error = map(float, timings[0][1:])
     assert all(ms > 0 for ms in (plain, batch_norm, deep_control))
     assert ratios[1] == pytest.approx(deep_control / plain, rel=0.1)
+    assert float(spread.removesuffix("%")) >= 0
     assert error <= layers.TOLERANCE
 
 
@@ -116,3 +118,15 @@ def test_no_command_is_bad_usage(capsys):
         cli.main([])
     assert error.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers, "measure", interrupted)
+    assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 1
+    assert "report.md" in capsys.readouterr().err
+    text = (tmp_path / "report.md").read_text()
+    assert "Incomplete" in text
+    assert len(table(text, "setting")) == 2 * len(loop.NETWORKS)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..convert import replace_conv_bn
@@ -22,8 +19,9 @@ _QUICK_SETTINGS = (Setting(64, 0.05, 12), Setting(1, 0.01, 12))
 def run(output: Path, quick: bool, seed: int) -> tuple[Path, str]:
     """Do everything and return the path of the report and its main table.
 
-    ``output`` is a folder that exists and can be written to; the report in it is renewed after each part. ``quick``
-    takes a few steps of everything, to see that it runs. ``seed`` is the first of the seeds.
+    ``output`` is a folder that exists and can be written to; the report in it is renewed after each setting and
+    written at the end, come what may. ``quick`` takes a few steps of everything, to see that it runs. ``seed`` is the
+    first of the seeds.
     """
     settings = _QUICK_SETTINGS if quick else _SETTINGS
     seeds = [seed] if quick else [seed, seed + 1]
@@ -31,17 +29,20 @@ def run(output: Path, quick: bool, seed: int) -> tuple[Path, str]:
     results = report.Results(conditions(), _method(data))
     print(replace_conv_bn(build("Batch Norm", seed, data.train_images)))
     report.write(results, output)
-    _train(results, settings, seeds, data, output)
-    _time(results, quick, output)
-    results.complete = True
-    return report.write(results, output), report.training_table(results.runs)
+    try:
+        _train(results, settings, seeds, data, output)
+        _time(results, quick)
+        results.complete = True
+    finally:
+        path = report.write(results, output)
+    return path, report.training_table(results.runs)
 
 
 def _train(
     results: report.Results, settings: tuple[Setting, ...], seeds: list[int], data: digits.Digits, output: Path
 ) -> None:
     total = sum(setting.steps for setting in settings) * len(NETWORKS) * len(seeds)
-    with _one_thread(), tqdm(total=total, unit="step", desc="training", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="step", desc="training", dynamic_ncols=True) as bar:
         done = 0
         for setting in settings:
             for network in NETWORKS:
@@ -53,26 +54,14 @@ def _train(
             report.write(results, output)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers this small lose more by handing work to other threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _time(results: report.Results, quick: bool, output: Path) -> None:
-    shapes = layers.RESNET50[-1:] if quick else layers.RESNET50
+def _time(results: report.Results, quick: bool) -> None:
+    shapes, batch_size, rounds = (layers.RESNET50[-1:], 1, 3) if quick else (layers.RESNET50, 8, 15)
+    results.conditions["layers"] = f"batch size {batch_size}, {rounds} rounds"
     with tqdm(total=len(shapes) * len(layers.PASSES), unit="layer", desc="timing layers", dynamic_ncols=True) as bar:
         for shape in shapes:
-            for timing in layers.measure(shape, batch_size=1 if quick else 8, rounds=3 if quick else 15):
+            for timing in layers.measure(shape, batch_size, rounds):
                 results.timings.append(timing)
                 bar.update()
-    results.conditions["layers"] = f"batch size {1 if quick else 8}, {3 if quick else 15} rounds"
-    report.write(results, output)
 
 
 def _method(data: digits.Digits) -> list[str]:

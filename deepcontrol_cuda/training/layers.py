@@ -45,11 +45,16 @@ RESNET50 = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of each of ``LAYERS`` and its error against float64, for one shape and one of ``PASSES``."""
+    """What one shape in one of ``PASSES`` gave, by the names in ``LAYERS``.
+
+    ``milliseconds`` are medians, ``spreads`` the distances between the quartiles over the medians, ``errors`` relative
+    to float64.
+    """
 
     shape: str
     mode: str
     milliseconds: dict[str, float]
+    spreads: dict[str, float]
     errors: dict[str, float]
 
 
@@ -74,7 +79,7 @@ def measure(shape: Shape, batch_size: int, rounds: int) -> Iterator[Timing]:
             if not error <= TOLERANCE:
                 raise RuntimeError(f"{name} at {shape} ({mode}): error {error:.1e}, wanted at most {TOLERANCE:.0e}")
         calls = {name: partial(step, layer, x, grad) for name, layer in layers.items()}
-        yield Timing(str(shape), mode, _medians(calls, rounds), errors)
+        yield Timing(str(shape), mode, *_medians_and_spreads(calls, rounds), errors)
 
 
 def _layers(shape: Shape) -> dict[str, nn.Module]:
@@ -118,7 +123,9 @@ def _error(layer: nn.Module, x: Tensor, grad: Tensor, step: Callable) -> float:
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def _medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def _medians_and_spreads(
+    calls: dict[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for call in calls.values():
@@ -130,4 +137,6 @@ def _medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    medians = {name: 1e3 * q[1] for name, q in quartiles.items()}
+    return medians, {name: (q[2] - q[0]) / q[1] for name, q in quartiles.items()}

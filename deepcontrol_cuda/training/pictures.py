@@ -36,7 +36,7 @@ def losses(runs: list[Run], path: Path) -> None:
                 panel.plot(len(curve) - 1, curve[-1], "x", color=colour, markersize=9, markeredgewidth=2)
         panel.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
         panel.set_yscale("log")
-        panel.set_ylim(top=1.3 * _HIGHEST_LOSS)
+        panel.set_ylim(top=1.6 * _HIGHEST_LOSS)
         panel.set_title(setting, fontsize=10)
         panel.set_xlabel("step")
         panel.set_ylabel("training loss (cross-entropy, nats)")

@@ -54,14 +54,15 @@ def training_table(runs: list[Run]) -> str:
 
 
 def layer_table(timings: list[Timing], mode: str) -> str:
-    """Markdown: milliseconds of each layer, ratios, and the largest error against float64."""
+    """Markdown: milliseconds of each layer, ratios, the largest spread and the largest error against float64."""
     plain, batch_norm, deep_control = LAYERS
     head = ["layer", *(f"{name}, ms" for name in LAYERS), "BN / plain", "Deep Control / plain", "BN / Deep Control"]
-    lines = [[*head, "error"]]
+    lines = [[*head, "spread", "error"]]
     for timing in (t for t in timings if t.mode == mode):
         ms = timing.milliseconds
         ratios = (ms[batch_norm] / ms[plain], ms[deep_control] / ms[plain], ms[batch_norm] / ms[deep_control])
         numbers = [f"{number:.2f}" for number in (*(ms[name] for name in LAYERS), *ratios)]
+        numbers.append(f"{max(timing.spreads.values()):.0%}")
         lines.append([timing.shape, *numbers, f"{max(timing.errors.values()):.0e}"])
     return _table(lines)
 
@@ -72,7 +73,8 @@ def _markdown(results: Results) -> str:
         parts.append("**Incomplete: the demo is running or was stopped. What is here was measured.**")
     parts.append(_table([["condition", "value"], *map(list, results.conditions.items())]))
     if results.runs:
-        parts += ["## Training", *results.method, training_table(results.runs), "![loss curves](losses.png)"]
+        parts += ["## Training", *results.method, training_table(results.runs)]
+        parts += ["Training loss, smoothed; one line for each seed.", "![loss curves](losses.png)"]
     if results.timings:
         parts += ["## Layers", _LAYERS_TEXT]
         for mode in PASSES:
@@ -86,8 +88,9 @@ _LAYERS_TEXT = """\
 Convolutions of a ResNet-50 at stride 1, float32, channels_last; medians of interleaved runs. Inference: `eval()`, no \
 gradients. Training: forward and backward in `train()`, gradients for the input and all parameters. "plain" is \
 conv + ReLU. BN is timed in eager mode as it is written; at inference one can fold it into the convolution, and then \
-it costs what plain costs. "error" is the largest of the three layers' errors: of output and gradients against \
-float64, relative, in the Euclidean norm."""
+it costs what plain costs. "spread" is the largest distance between the quartiles over the median: differences below \
+it mean nothing, and a large one says that the machine was busy with other things. "error" is the largest of the three \
+layers' errors: of output and gradients against float64, relative, in the Euclidean norm."""
 
 
 def _seeds(seeds: list[int]) -> str:
