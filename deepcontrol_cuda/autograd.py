@@ -88,7 +88,7 @@ class _Center(torch.autograd.Function):
         output, map_mean, saved = _center(input, gain, mean_scale, constant, bias, residual, activation, slope, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
-        ctx.like = (output.shape, _ops.channels_innermost(output))
+        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output))
         ctx.format = suggest_memory_format(output)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, activation, slope)
@@ -137,7 +137,7 @@ class _ConvCenter(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, gain, mean_scale, map_mean, saved)
-        ctx.like = (output.shape, _ops.channels_innermost(output))
+        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output))
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, geometry, activation, slope, projection)
         return output, map_mean, saved
@@ -197,13 +197,13 @@ def _fold(gradients, vectors):
 
 
 def _through_activation(grad_output, grad_saved, saved, like, activation: str, slope: float) -> Tensor:
-    """The gradient in front of the activation, differentiably; ``like`` is the output's shape and layout."""
-    shape, channels_innermost = like
+    """The gradient in front of the activation, differentiably; ``like`` is the output's shape, dtype and layout."""
+    shape, dtype, channels_innermost = like
     if activation in activations.SMOOTH:
         e = 0 if grad_output is None else grad_output * activations.derivative(saved, activation)
         return e if grad_saved is None else e + grad_saved
     if grad_output is None:
-        grad_output = torch.zeros(shape, dtype=saved.dtype, device=saved.device)
+        grad_output = torch.zeros(shape, dtype=dtype, device=saved.device)
     if activation == "identity":
         return grad_output
     kept = _ops.unpack_bits(saved, shape, channels_innermost)

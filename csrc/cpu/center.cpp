@@ -13,7 +13,7 @@ Centred center_into(const Tensor& z, const Tensor& output, const Tensor& gain, c
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save) {
   CenterForward p{};
-  p.layout = layout_of(z, z.element_size());
+  p.layout = layout_of(z);
   p.dtype = dtype_of(z);
   p.activation = activation;
   p.slope = slope;
@@ -55,7 +55,7 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
                            double slope, at::MemoryFormat format, Wanted wanted) {
   const Tensor grad = grad_output.contiguous(format);
   CenterBackward p{};
-  p.layout = layout_of(grad, 2 * grad.element_size());
+  p.layout = layout_of(grad);
   p.dtype = dtype_of(grad);
   p.activation = activation;
   p.slope = slope;

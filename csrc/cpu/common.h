@@ -51,8 +51,11 @@ inline int64_t pixels_of(const Tensor& tensor) {
   return pixels;
 }
 
-// How the kernels see a dense tensor. `working_bytes` of a pixel's channel are live at once in one task.
-inline Layout layout_of(const Tensor& tensor, int64_t working_bytes) {
+// How the kernels see a dense tensor. Rows of channels are cut into blocks only to occupy all threads, or where they
+// exceed kMostChannels. Blocks small enough for a slab to stay in the second-level cache measured 2 to 4 times slower
+// on 256 channels of 56 x 56: at power-of-two strides a narrow slab falls into few of the cache's sets, while whole rows
+// stream twice from the third level at memory-copy speed.
+inline Layout layout_of(const Tensor& tensor) {
   Layout layout;
   layout.samples = tensor.size(0);
   layout.channels = tensor.size(1);
@@ -60,14 +63,11 @@ inline Layout layout_of(const Tensor& tensor, int64_t working_bytes) {
   layout.channels_innermost = layout.pixels == 1 || tensor.suggest_memory_format() != at::MemoryFormat::Contiguous;
   layout.block = 1;
   if (layout.channels_innermost) {
-    // A task's slab should stay in the second-level cache between its two passes, in runs of whole cache lines; and
-    // there should be enough tasks to share out evenly.
-    constexpr int64_t kSlabBytes = 384 * 1024, kRun = 32;
-    int64_t block = kSlabBytes / std::max<int64_t>(layout.pixels * working_bytes, 1) / kRun * kRun;
-    const int64_t wanted_tasks = 4 * at::get_num_threads();
-    const int64_t blocks = (wanted_tasks + layout.samples - 1) / std::max<int64_t>(layout.samples, 1);
-    block = std::min(block, (layout.channels / std::max<int64_t>(blocks, 1) + kRun - 1) / kRun * kRun);
-    layout.block = std::clamp(block, kRun, kMostChannels);
+    constexpr int64_t kCacheLines = 32;
+    const int64_t threads = at::get_num_threads();
+    const bool balanced = layout.samples % threads == 0 || layout.samples >= 8 * threads;
+    const int64_t block = (layout.channels + (balanced ? 1 : threads) - 1) / (balanced ? 1 : threads);
+    layout.block = std::min((block + kCacheLines - 1) / kCacheLines * kCacheLines, kMostChannels);
   }
   return layout;
 }

@@ -9,6 +9,9 @@
 
 namespace deepcontrol::cpu {
 
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }
@@ -24,6 +27,7 @@ static const Kernels& choose() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) supported.push_back(&avx512_bf16::table);
     supported.push_back(&avx512::table);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

@@ -1,4 +1,4 @@
-// The kernels themselves, included by kernels_avx512.cpp, kernels_avx2.cpp and kernels_portable.cpp inside a namespace
+// The kernels themselves, included by each kernels_<instruction set>.cpp inside a namespace
 // and a target of their own. The standard headers are included there, before the target is set: an inline function of
 // the standard library compiled for AVX-512 must not be the copy that the linker keeps.
 //
@@ -15,10 +15,11 @@ using ScalarOf = typename Vector<VectorOf<T>>::Scalar;
 constexpr int64_t kGroup = 128;
 
 // Of the activations only the sort is a template argument; within one the choice is a select or a predictable branch.
-enum class Sort { identity, piecewise, smooth };
+enum class Sort { identity, relu, piecewise, smooth };
 
 DC_INLINE Sort sort_of(Activation activation) {
   if (activation == Activation::identity) return Sort::identity;
+  if (activation == Activation::relu) return Sort::relu;
   return activation <= Activation::relu6 ? Sort::piecewise : Sort::smooth;
 }
 
@@ -42,7 +43,7 @@ struct PiecewiseLinear {
     V y = pre <= 0 ? below : pre;
     return y > cap ? cap : y;
   }
-  // Where the derivative is one. On NaN it is one for relu and relu6, `slope` for leaky_relu, as in PyTorch.
+  // Where the derivative is one. On NaN it is one for relu6, `slope` for leaky_relu, as in PyTorch.
   DC_INLINE Mask passes(const V& pre) const {
     Mask above = (pre > 0) | (~(pre <= 0) & ~leaky);
     return above & (~(pre >= cap) | uncapped);
@@ -207,6 +208,10 @@ void center_forward_task(const CenterForward& p, int64_t task) {
       if (residual) pre += load(residual + start + i, tail);
       if constexpr (sort == Sort::identity) {
         store(output + start + i, pre, tail);
+      } else if constexpr (sort == Sort::relu) {
+        const auto passes = ~(pre <= 0);  // NaN passes
+        store(output + start + i, passes ? pre : V{}, tail);
+        if (bits) write_bits<V>(bits + row * slab.bits_row + i / 8, to_bits(passes), tail);
       } else if constexpr (sort == Sort::piecewise) {
         store(output + start + i, piecewise.value(pre), tail);
         if (bits) write_bits<V>(bits + row * slab.bits_row + i / 8, to_bits(piecewise.passes(pre)), tail);
@@ -233,8 +238,9 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
 
   auto error = [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
     V grad = load(grad_output + row * slab.stride + i, tail);
-    if constexpr (sort == Sort::piecewise) {
-      grad = piecewise.backward(grad, from_bits<Mask>(read_bits<V>(bits + row * slab.bits_row + i / 8, tail)));
+    if constexpr (sort == Sort::relu || sort == Sort::piecewise) {
+      const Mask passes = from_bits<Mask>(read_bits<V>(bits + row * slab.bits_row + i / 8, tail));
+      grad = sort == Sort::relu ? (passes ? grad : V{}) : piecewise.backward(grad, passes);
     } else if constexpr (sort == Sort::smooth) {
       grad *= smooth_derivative(load(pre_activation + row * slab.stride + i, tail), p.activation);
     }
@@ -411,6 +417,7 @@ DC_INLINE void for_variant(const P& p, F&& f) {
     auto with_layout = [&](auto innermost) {
       switch (sort_of(p.activation)) {
         case Sort::identity: return f(storage, innermost, std::integral_constant<Sort, Sort::identity>{});
+        case Sort::relu: return f(storage, innermost, std::integral_constant<Sort, Sort::relu>{});
         case Sort::piecewise: return f(storage, innermost, std::integral_constant<Sort, Sort::piecewise>{});
         case Sort::smooth: return f(storage, innermost, std::integral_constant<Sort, Sort::smooth>{});
       }

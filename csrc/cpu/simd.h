@@ -1,5 +1,5 @@
 // Vectors of one accumulation type, as wide as the instruction set of the including file (DC_AVX512, DC_AVX2 or
-// neither), with loads and stores that convert from and to the storage types. Only the three kernels_*.cpp include this.
+// neither), with loads and stores that convert from and to the storage types. Only the kernels_*.cpp include this.
 
 #if defined(DC_AVX512)
 #define DC_LANES 16
@@ -139,10 +139,14 @@ DC_INLINE void store(double* to, const f64v& v, Tail tail) {
 }
 template <class Tail>
 DC_INLINE void store(bfloat16* to, const f32v& v, Tail tail) {
+#if defined(DC_AVX512_BF16)
+  write(to, reinterpret<u16v>(_mm512_cvtneps_pbh(reinterpret<__m512>(v))), tail);
+#else
   u32v word = reinterpret<u32v>(v);
   u32v rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   u32v quiet = u32v{} + 0x7fc0;  // rounding could turn a NaN into infinity
   write(to, __builtin_convertvector(v == v ? rounded : quiet, u16v), tail);
+#endif
 }
 template <class Tail>
 DC_INLINE void store(float16* to, const f32v& v, Tail tail) {
