@@ -6,7 +6,9 @@ from pkgutil import extend_path as _extend_path
 # In a checkout the subpackage triton_kernels lies beside this folder and the compiled extension may be in an installed
 # copy that the checkout shadows; both are found through the package's path.
 __path__ = _extend_path(__path__, __name__)
-if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (_Path(__file__).parent / "triton_kernels").is_dir():
+if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (
+    _Path(__file__).parent / "triton_kernels"
+).is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
 from . import backends, functional, reference

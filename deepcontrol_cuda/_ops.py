@@ -29,7 +29,10 @@ def _load():
     info = json.loads((folder / "_build_info.json").read_text())
     built, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (info["torch"], torch.__version__))
     if built != running:
-        return None, f"the compiled extension was built for torch {info['torch']} and this is {torch.__version__}; {_REBUILD}"
+        return (
+            None,
+            f"the compiled extension was built for torch {info['torch']} and this is {torch.__version__}; {_REBUILD}",
+        )
     if info["version"] != __version__:
         return None, f"the compiled extension is of version {info['version']}, the package is {__version__}; {_REBUILD}"
     try:
@@ -41,9 +44,9 @@ def _load():
 extension, unavailable = _load()
 
 
-def channels_innermost(tensor: Tensor) -> bool:
-    """Whether the kernels see the (N, C, *spatial) tensor as rows of channels rather than as rows of pixels."""
-    return tensor.shape[2:].numel() == 1 or suggest_memory_format(tensor) is not torch.contiguous_format
+def channels_innermost(shape: torch.Size, memory_format: torch.memory_format) -> bool:
+    """Whether the kernels see a dense (N, C, *spatial) tensor as rows of channels rather than as rows of pixels."""
+    return shape[2:].numel() == 1 or (shape[1] > 1 and memory_format is not torch.contiguous_format)
 
 
 def bits_shape(shape: torch.Size, channels_are_innermost: bool) -> tuple[int, int, int]:
@@ -65,19 +68,21 @@ def unpack_bits(bits: Tensor, shape: torch.Size, channels_are_innermost: bool) -
     return rows.reshape(shape)
 
 
-def _conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of a convolution's output."""
     for tensor in (input, weight):
         if (memory_format := suggest_memory_format(tensor)) is not torch.contiguous_format:
             return memory_format
     return torch.contiguous_format
 
 
-def _center_results(output: Tensor, centred: bool, activation: str, save: bool):
+def _center_results(output: Tensor, memory_format: torch.memory_format, centred: bool, activation: str, save: bool):
     """(output, map_mean, saved) as the kernels return them for an output like ``output``."""
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=dtype)
     if save and activation in activations.PIECEWISE:
-        saved = output.new_empty(bits_shape(output.shape, channels_innermost(output)), dtype=torch.uint8)
+        innermost = channels_innermost(output.shape, memory_format)
+        saved = output.new_empty(bits_shape(output.shape, innermost), dtype=torch.uint8)
     elif save and activation in activations.SMOOTH:
         saved = torch.empty_like(output)
     else:
@@ -99,7 +104,8 @@ def _register_fakes() -> None:
 
     @fake("deepcontrol::center")
     def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
-        return _center_results(_dense_like(input), mean_scale is not None or constant != 0.0, activation, save)
+        memory_format = suggest_memory_format(input)
+        return _center_results(_dense_like(input), memory_format, mean_scale is not None or constant != 0.0, activation, save)
 
     @fake("deepcontrol::center_backward")
     def _(grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask):
@@ -112,15 +118,16 @@ def _register_fakes() -> None:
           slope, save):  # fmt: skip
         zeros = [0] * len(stride)
         z = torch.ops.aten.convolution(input, weight, None, stride, padding, dilation, False, zeros, groups)
-        output = torch.empty_like(z, memory_format=_conv_memory_format(input, weight))
-        return _center_results(output, mean_scale is not None or constant != 0.0, activation, save)
+        memory_format = conv_memory_format(input, weight)
+        output = torch.empty_like(z, memory_format=memory_format)
+        return _center_results(output, memory_format, mean_scale is not None or constant != 0.0, activation, save)
 
     @fake("deepcontrol::conv_center_backward")
     def _(grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,
           activation, slope, projection, mask):  # fmt: skip
         operands = [_dense_like(t) if want else None for t, want in zip((input, weight), mask)]
         vectors = _vector_grads(weight.shape[0], input, mask[2:5])
-        grad_residual = torch.empty_like(grad_output, memory_format=_conv_memory_format(input, weight))
+        grad_residual = torch.empty_like(grad_output, memory_format=conv_memory_format(input, weight))
         return *operands, *vectors, grad_residual if mask[5] else None
 
     @fake("deepcontrol::window_mean")

@@ -57,9 +57,9 @@ def conv_center(
         return _ConvCenter.apply(
             input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection
         )[0]
-    return _conv_center(
-        input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False
-    )[0]
+    return _conv_center(input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False)[
+        0
+    ]
 
 
 def _split(mean_scale: Tensor | float | None) -> tuple[Tensor | None, float]:
@@ -88,8 +88,8 @@ class _Center(torch.autograd.Function):
         output, map_mean, saved = _center(input, gain, mean_scale, constant, bias, residual, activation, slope, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
-        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output))
-        ctx.format = suggest_memory_format(output)
+        ctx.format = suggest_memory_format(input)
+        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output.shape, ctx.format))
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, activation, slope)
         return output, map_mean, saved
@@ -137,7 +137,8 @@ class _ConvCenter(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, gain, mean_scale, map_mean, saved)
-        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output))
+        innermost = _ops.channels_innermost(output.shape, _ops.conv_memory_format(input, weight))
+        ctx.like = (output.shape, output.dtype, innermost)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, geometry, activation, slope, projection)
         return output, map_mean, saved

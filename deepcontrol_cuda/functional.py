@@ -220,7 +220,9 @@ def _check_input(input: Tensor, rank: int | None) -> None:
         raise TypeError(f"input: got dtype {input.dtype}, wanted float32, float64, bfloat16 or float16")
     spatial = input.dim() - 2
     if rank is None and not 1 <= spatial <= 3:
-        raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, *spatial) with 1 to 3 spatial dimensions")
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, wanted (N, C, *spatial) with 1 to 3 spatial dimensions"
+        )
     if rank is not None and spatial != rank:
         axes = ("L", "H, W", "D, H, W")[rank - 1]
         raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, {axes})")
@@ -253,7 +255,9 @@ def _check_vectors(
 
 def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int) -> None:
     if weight.dim() != rank + 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted {rank + 2} dimensions (O, C / groups, *kernel)")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, wanted {rank + 2} dimensions (O, C / groups, *kernel)"
+        )
     _check_companion("weight", weight, input, (input.dtype,))
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups: got {groups!r}, wanted a positive divisor of the {weight.shape[0]} filters")

@@ -9,11 +9,11 @@
 
 namespace deepcontrol::cpu {
 
-Centred center_into(const Tensor& z, const Tensor& output, const Tensor& gain, const Tensor& mean_scale,
+Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat format, const Tensor& gain, const Tensor& mean_scale,
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save) {
   CenterForward p{};
-  p.layout = layout_of(z);
+  p.layout = layout_of(z, format);
   p.dtype = dtype_of(z);
   p.activation = activation;
   p.slope = slope;
@@ -27,7 +27,7 @@ Centred center_into(const Tensor& z, const Tensor& output, const Tensor& gain, c
     TORCH_CHECK_VALUE(residual->sizes() == z.sizes(), "residual: got shape ", residual->sizes(), ", wanted ", z.sizes());
     TORCH_CHECK_TYPE(residual->scalar_type() == z.scalar_type(), "residual: got dtype ", residual->scalar_type(),
                      ", wanted ", z.scalar_type());
-    dense_residual = residual->contiguous(z.suggest_memory_format());
+    dense_residual = residual->contiguous(format);
   }
   if (save && is_piecewise(activation)) {
     result.saved = at::empty(bits_shape(p.layout), z.options().dtype(at::kByte).memory_format(std::nullopt));
@@ -55,7 +55,7 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
                            double slope, at::MemoryFormat format, Wanted wanted) {
   const Tensor grad = grad_output.contiguous(format);
   CenterBackward p{};
-  p.layout = layout_of(grad);
+  p.layout = layout_of(grad, format);
   p.dtype = dtype_of(grad);
   p.activation = activation;
   p.slope = slope;
@@ -76,7 +76,7 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
                       "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the bits that forward returned");
     p.bits = saved.const_data_ptr<uint8_t>();
   } else if (is_smooth(activation)) {
-    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.suggest_memory_format() == format,
+    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.is_contiguous(format),
                       "saved: got shape ", saved.sizes(), ", wanted the pre-activation that forward returned");
     p.pre_activation = data(saved);
   }
@@ -100,7 +100,7 @@ static std::tuple<Tensor, Tensor, Tensor> center(
   const int64_t channels = x.size(1);
   const Tensor output = at::empty_like(x);
   const Centred centred = center_into(
-      x, output, vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
+      x, output, x.suggest_memory_format(), vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
       constant, vector_of(bias, channels, type, "bias"), residual, parse_activation(activation), slope, save);
   return {output, centred.map_mean, centred.saved};
 }

@@ -31,12 +31,13 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const std::vector<int64_t> no_output_padding(stride.size(), 0);
+  const auto format = format_of(input, weight);
   const Tensor z = at::convolution(dense(input), weight, {}, stride, padding, dilation, false, no_output_padding, groups)
-                       .contiguous(format_of(input, weight));
+                       .contiguous(format);
   const auto type = accumulation_type(z);
   const int64_t filters = weight.size(0);
   const Tensor gains = vector_of(gain, filters, type, "gain");
-  Centred centred = center_into(z, z, gains, vector_of(mean_scale, filters, type, "mean_scale"), constant,
+  Centred centred = center_into(z, z, format, gains, vector_of(mean_scale, filters, type, "mean_scale"), constant,
                                 vector_of(bias, filters, type, "bias"), residual, parse_activation(activation), slope,
                                 save);
   if (gains.defined() && centred.map_mean.dim() == 2) centred.map_mean.mul_(gains);

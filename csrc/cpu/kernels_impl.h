@@ -43,11 +43,8 @@ struct PiecewiseLinear {
     V y = pre <= 0 ? below : pre;
     return y > cap ? cap : y;
   }
-  // Where the derivative is one. On NaN it is one for relu6, `slope` for leaky_relu, as in PyTorch.
-  DC_INLINE Mask passes(const V& pre) const {
-    Mask above = (pre > 0) | (~(pre <= 0) & ~leaky);
-    return above & (~(pre >= cap) | uncapped);
-  }
+  // Where the derivative is one; not on NaN, as in PyTorch.
+  DC_INLINE Mask passes(const V& pre) const { return (pre > 0) & (~(pre >= cap) | uncapped); }
   DC_INLINE V backward(const V& grad, const Mask& passes) const {
     V below = reinterpret<V>(reinterpret<Mask>(grad * slope) & leaky);
     return passes ? grad : below;
@@ -209,7 +206,7 @@ void center_forward_task(const CenterForward& p, int64_t task) {
       if constexpr (sort == Sort::identity) {
         store(output + start + i, pre, tail);
       } else if constexpr (sort == Sort::relu) {
-        const auto passes = ~(pre <= 0);  // NaN passes
+        const auto passes = ~(pre <= 0);  // on NaN too, as in PyTorch
         store(output + start + i, passes ? pre : V{}, tail);
         if (bits) write_bits<V>(bits + row * slab.bits_row + i / 8, to_bits(passes), tail);
       } else if constexpr (sort == Sort::piecewise) {

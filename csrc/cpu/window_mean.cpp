@@ -18,7 +18,7 @@ static Tensor window_mean(const Tensor& input, at::IntArrayRef kernel_size, at::
   }
   const Tensor x = dense(input);
   WindowMean p{};
-  p.layout = layout_of(x);
+  p.layout = layout_of(x, x.suggest_memory_format());
   p.dtype = dtype_of(x);
   std::vector<int64_t> shape{x.size(0), x.size(1)};
   for (int64_t d = 0; d < 3; ++d) {

@@ -1,0 +1,361 @@
+"""Every backend agrees with the reference: values, gradients, layouts, edge cases, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import assert_within_budget, memory_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deepcontrol_cuda as dc
+from deepcontrol_cuda import _ops, activations, reference
+
+ops = torch.ops.deepcontrol
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+name_of = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+
+def run(function, tensors, dtype, channels_last, grad_output, **arguments):
+    """Output and gradients of ``function(*tensors)`` in ``dtype``; vectors of 16-bit runs stay float32."""
+    leaves = []
+    for tensor in tensors:
+        if tensor is not None:
+            wide = torch.float32 if tensor.dim() == 1 and dtype.itemsize == 2 else dtype
+            tensor = tensor.to(wide)
+            tensor = tensor.contiguous(memory_format=memory_format(tensor, channels_last)).detach().requires_grad_()
+        leaves.append(tensor)
+    output = function(*leaves, **arguments)
+    output.backward(grad_output.to(dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def compare(function, tensors, dtype, channels_last, grad_output, **arguments):
+    backend = arguments.pop("backend")
+    pre = pre_activation(function, tensors, **arguments)
+    grad_output = away_from_kinks(pre, grad_output)
+    oracle = run(function, tensors, torch.float64, channels_last, grad_output, backend="reference", **arguments)
+    low = run(function, tensors, dtype, channels_last, grad_output, backend="reference", **arguments)
+    got = run(function, tensors, dtype, channels_last, grad_output, backend=backend, **arguments)
+    names = [n for n, t in zip(("input", "weight", "gain", "mean_scale", "bias", "residual"), tensors) if t is not None]
+    for i, what in enumerate(("output", *(f"gradient of {n}" for n in names))):
+        # The gradient of a vector is a sum of terms up to the largest pre-activation; roundings add up as the root.
+        terms = got[0].numel() / oracle[i].numel() if oracle[i].dim() == 1 else 0
+        magnitude = terms**0.5 * max(1.0, pre.abs().max().item())
+        assert_within_budget(got[i], oracle[i], low[i], dtype, magnitude, what)
+    assert got[0].is_contiguous(memory_format=memory_format(got[0], channels_last))
+
+
+def pre_activation(function, tensors, **arguments):
+    doubles = [None if t is None else t.double() for t in tensors]
+    return function(*doubles, **{**arguments, "activation": "identity"}, backend="reference")
+
+
+def away_from_kinks(pre, grad_output):
+    """Zero where the pre-activation is so near to a jump of a derivative that rounding decides the side."""
+    near = sum((pre - kink).abs() < 0.05 for kink in (0, 6, -3, 3)).bool()
+    return grad_output.masked_fill(near, 0.0)
+
+
+def small_integers(*shape, bound=3):
+    """Values that every dtype holds exactly, and so do the sums of products of a convolution: masks do not flip."""
+    return torch.randint(-bound, bound + 1, shape).double()
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=("plain", "residual"))
+def test_center(backend, dtype, channels_last, activation, with_residual, poisoned_memory):
+    for shape in ((2, 19, 9, 7), (3, 40, 5, 3), (2, 33, 1, 1), (1, 3, 17, 33)):
+        channels = shape[1]
+        tensors = [
+            small_integers(*shape),
+            None,
+            torch.rand(channels) + 0.5,
+            torch.rand(channels),
+            torch.randn(channels),
+        ]
+        tensors.append(small_integers(*shape) if with_residual else None)
+
+        def function(input, _, gain, mean_scale, bias, residual, **arguments):
+            return dc.functional.deep_control(input, gain, mean_scale, bias, residual=residual, **arguments)
+
+        seed = torch.randn(shape).to(dtype).double()
+        compare(function, tensors, dtype, channels_last, seed, activation=activation, backend=backend)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("rank", [1, 2, 3], ids=("1d", "2d", "3d"))
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+def test_conv_center(backend, dtype, channels_last, rank, activation, poisoned_memory):
+    function = (
+        dc.functional.deep_control_conv1d,
+        dc.functional.deep_control_conv2d,
+        dc.functional.deep_control_conv3d,
+    )[rank - 1]
+    cases = (
+        (6, 9, 3, 1, 1, 1, 1),
+        (4, 8, 3, 2, 0, 1, 2),
+        (5, 5, 3, 1, 2, 2, 5),
+        (7, 40, 1, 1, 0, 1, 1),
+        (3, 4, 4, 1, "same", 1, 1),
+    )
+    for channels, filters, kernel, stride, padding, dilation, groups in cases:
+        x = small_integers(2, channels, *(7, 6, 9)[:rank])
+        w = small_integers(filters, channels // groups, *(kernel,) * rank, bound=1)
+        shape = function(x, w, None, None, None, stride, padding, dilation, groups, backend="reference").shape
+        # A gain of zero and a tiny one take the other way through backward.
+        gain = torch.rand(filters) + 0.5
+        gain[0], gain[1], gain[2] = 0, 1e-5, -0.7
+        tensors = [x, w, gain, torch.rand(1), torch.randn(filters), small_integers(*shape)]
+        seed = torch.randn(shape).to(dtype).double()
+
+        def positional(
+            x, w, gain, mean_scale, bias, residual, *, geometry=(stride, padding, dilation, groups), **arguments
+        ):
+            return function(x, w, gain, mean_scale, bias, *geometry, residual=residual, **arguments)
+
+        compare(positional, tensors, dtype, channels_last, seed, activation=activation, projection=0.9, backend=backend)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("rank", [1, 2, 3], ids=("1d", "2d", "3d"))
+def test_window_mean(backend, dtype, channels_last, rank, poisoned_memory):
+    x = torch.randn(2, 35, *(9, 7, 6)[:rank])
+    x = x.contiguous(memory_format=memory_format(x, channels_last)).to(dtype)
+    for kernel, stride, padding, dilation in (
+        (1, 1, 0, 1),
+        (3, 1, 1, 1),
+        (3, 2, 1, 1),
+        (2, 3, 0, 2),
+        (5, 1, 4, 1),
+        (1, 2, 0, 1),
+    ):
+        steps = [(v,) * rank for v in (kernel, stride, padding, dilation)]
+        oracle = reference.window_mean(x.double(), *steps)
+        got = ops.window_mean(x, *steps)
+        assert_within_budget(got, oracle, reference.window_mean(x, *steps), dtype)
+
+
+@dtypes
+@layouts
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 7), (5,), (3, 3, 3), (1, 1)], ids=str)
+def test_project_kernel_gradients(backend, dtype, channels_last, kernel):
+    parameters = [torch.nn.Parameter(torch.empty(o, c, *kernel).to(dtype)) for o, c in ((7, 5), (1, 1), (33, 40))]
+    for p in parameters:
+        grad = torch.randn(p.shape)
+        p.grad = grad.contiguous(memory_format=memory_format(grad, channels_last)).to(dtype)
+    untouched = torch.nn.Linear(3, 3)
+    untouched.weight.grad = torch.ones(3, 3)
+    before = [p.grad.clone() for p in parameters]
+    with dc.backends.use(backend):
+        dc.project_kernel_gradients_([*parameters, *untouched.parameters()], weight=0.9)
+    for p, grad in zip(parameters, before):
+        oracle = reference.project(grad.double(), 0.9)
+        assert_within_budget(p.grad, oracle, reference.project(grad, 0.9), dtype)
+    assert untouched.weight.grad.eq(1).all()
+
+
+def test_project_kernel_gradients_of_a_view(backend):
+    """A gradient that is not dense is projected too, in place."""
+    base = torch.randn(6, 4, 3, 6)
+    p = torch.nn.Parameter(torch.empty(6, 4, 3, 3))
+    p.grad = base[..., ::2]
+    wanted = reference.project(p.grad, 1.0)
+    dc.project_kernel_gradients_(p, weight=1.0)
+    torch.testing.assert_close(base[..., ::2], wanted)
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (1, 1, 1, 1), (5, 3, 1, 1), (2, 1, 4, 4)], ids=str)
+def test_edge_shapes(backend, channels_last, shape, poisoned_memory):
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=memory_format(x, channels_last)).requires_grad_()
+    w = torch.randn(6, shape[1], 1, 1, requires_grad=True)
+    y = dc.functional.deep_control_conv2d(x, w, torch.ones(6), None, torch.zeros(6), activation="relu", backend=backend)
+    y.sum().backward()
+    assert y.shape == (shape[0], 6, *shape[2:])
+    wanted = dc.functional.deep_control_conv2d(x, w, activation="relu", backend="reference")
+    torch.testing.assert_close(y, wanted)
+    assert x.grad.shape == x.shape
+    assert torch.isfinite(w.grad).all()
+
+
+@layouts
+@pytest.mark.parametrize("how", ["expanded", "sliced", "transposed"])
+def test_strange_strides(backend, channels_last, how, poisoned_memory):
+    """Inputs, residuals and gradients that are not dense: stride 0, gaps, transposed maps."""
+
+    def strange(shape):
+        n, c, h, w = shape
+        if how == "expanded":
+            return torch.randn(1, c, 1, 1).expand(shape)
+        if how == "sliced":
+            return torch.randn(n, c, h, 2 * w)[..., ::2]
+        return torch.randn(n, c, w, h).transpose(2, 3)
+
+    x, residual, seed = strange((2, 6, 5, 4)), strange((2, 8, 5, 4)), strange((2, 8, 5, 4))
+    w = torch.randn(8, 6, 3, 3)
+    if channels_last:
+        w = w.contiguous(memory_format=torch.channels_last)
+    results = []
+    for name in ("reference", backend):
+        leaves = [t.detach().requires_grad_() for t in (x, w, residual)]
+        y = dc.functional.deep_control_conv2d(
+            leaves[0], leaves[1], torch.ones(8), None, None, 1, 1, residual=leaves[2], activation="relu", backend=name
+        )
+        y.backward(seed)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for wanted, got in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@layouts
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+def test_nan_and_infinity_propagate(backend, channels_last, activation):
+    x = torch.randn(5, 20, 3, 3)
+    x[0, 0, 1, 1], x[3, :, 0, 0] = float("nan"), float("nan")
+    if activation != "gelu":  # PyTorch's own gelu(inf) is inf for one element and NaN for eight
+        x[1, 1, 0, 0], x[2, 2, 2, 2], x[4, 3] = float("inf"), float("-inf"), float("inf")
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    for mean_scale in (None, 0.0):
+        outputs, grads = [], []
+        for name in ("reference", backend):
+            leaf = x.clone().requires_grad_()
+            y = dc.functional.deep_control(leaf, None, mean_scale, activation=activation, backend=name)
+            y.backward(torch.ones_like(y))
+            outputs.append(y.detach())
+            grads.append(leaf.grad)
+        torch.testing.assert_close(outputs[1], outputs[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grads[1], grads[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@layouts
+def test_sums_do_not_drift(backend, channels_last):
+    """A map of 2^18 pixels far from zero: the error of its mean stays at rounding, not at the number of pixels."""
+    x = 1000 + torch.rand(1, 2, 512, 512)
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    got = dc.functional.deep_control(x, backend=backend)
+    oracle = reference.deep_control(x.double())
+    assert (got - oracle).abs().max() < 4 * 1000 * torch.finfo(torch.float32).eps
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_bit_equal_from_run_to_run(backend, channels_last, dtype):
+    x = torch.randn(3, 32, 14, 14).to(dtype)
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    w, seed = torch.randn(64, 32, 3, 3).to(dtype), torch.randn(3, 64, 14, 14).to(dtype)
+    vectors = [torch.rand(64) + 0.5 for _ in range(3)]
+    runs = []
+    for _ in range(3):
+        leaves = [t.clone().requires_grad_() for t in (x, w, *vectors)]
+        y = dc.functional.deep_control_conv2d(*leaves, 1, 1, activation="relu", projection=0.9, backend=backend)
+        y.backward(seed)
+        runs.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for repeat in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], repeat))
+
+
+@layouts
+def test_a_sample_does_not_depend_on_its_batch(backend, channels_last):
+    x = torch.randn(4, 24, 9, 9)
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    whole = dc.functional.deep_control(x, activation="relu", backend=backend)
+    alone = dc.functional.deep_control(x[2:3], activation="relu", backend=backend)
+    assert torch.equal(whole[2:3], alone)
+
+
+@layouts
+def test_bits_unpack_to_the_mask(channels_last):
+    x = torch.randn(2, 21, 5, 3)
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    output, _, bits = ops.center(x, None, None, 1.0, None, None, "relu", 0.0, True)
+    assert bits.dtype == torch.uint8
+    assert bits.numel() <= x.numel() / 8 * 24 / 15
+    assert torch.equal(_ops.unpack_bits(bits, x.shape, channels_last), output > 0)
+
+
+dimension = st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 3), groups=st.integers(1, 3), per_group=st.integers(1, 5), filters=st.integers(1, 12),
+    maps=st.lists(dimension, min_size=1, max_size=3), kernel=st.integers(1, 4), stride=st.integers(1, 3),
+    padding=st.integers(0, 3), dilation=st.integers(1, 2), channels_last=st.booleans(),
+    activation=st.sampled_from(activations.ACTIVATIONS), with_residual=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)  # fmt: skip
+def test_random_convolutions(
+    batch, groups, per_group, filters, maps, kernel, stride, padding, dilation, channels_last, activation,
+    with_residual, dtype,
+):  # fmt: skip
+    rank = len(maps)
+    if any(m + 2 * padding < dilation * (kernel - 1) + 1 for m in maps):
+        return
+    x = torch.randn(batch, groups * per_group, *maps, dtype=dtype)
+    x = x.contiguous(memory_format=memory_format(x, channels_last)).requires_grad_()
+    w = torch.randn(groups * filters, per_group, *(kernel,) * rank, dtype=dtype, requires_grad=True)
+    vectors = [torch.rand(groups * filters, dtype=dtype, requires_grad=True) for _ in range(3)]
+    function = (
+        dc.functional.deep_control_conv1d,
+        dc.functional.deep_control_conv2d,
+        dc.functional.deep_control_conv3d,
+    )[rank - 1]
+    residual = None
+    results = []
+    for name in ("reference", "cpu"):
+        y = function(
+            x, w, *vectors, stride, padding, dilation, groups, residual=residual, activation=activation, backend=name
+        )
+        if with_residual and residual is None:
+            residual = torch.randn_like(y)
+            y = function(
+                x,
+                w,
+                *vectors,
+                stride,
+                padding,
+                dilation,
+                groups,
+                residual=residual,
+                activation=activation,
+                backend=name,
+            )
+        if name == "reference":
+            seed = torch.randn_like(y)
+        results.append([y, *torch.autograd.grad(y, (x, w, *vectors), seed)])
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+    for wanted, got in zip(*results):
+        scale = max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0)
+        assert (got - wanted).abs().max().item() <= tolerance * scale if wanted.numel() else got.shape == wanted.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_other_instruction_sets(isa):
+    """The op tests once more with the kernels that this machine would not choose."""
+    environment = {**os.environ, "DEEPCONTROL_ISA": isa}
+    probe = subprocess.run(
+        [sys.executable, "-c", "import deepcontrol_cuda as dc; print(dc.backends.explain(__import__('torch').ones(1)))"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if "this processor can run" in probe.stderr + probe.stdout:
+        pytest.skip(f"this processor cannot run {isa}")
+    assert f"{isa} kernels" in probe.stdout
+    chosen = "test_center or test_conv_center or test_window_mean or test_nan or test_sums or test_bits or test_project"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
