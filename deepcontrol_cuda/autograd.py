@@ -76,10 +76,14 @@ def _recording(*tensors: Tensor | None) -> bool:
 
 
 def _differentiable(*gradients_of_intermediates: Tensor | None) -> bool:
-    """Whether backward must itself be differentiable, or is part of a second derivative."""
-    if any(g is not None for g in gradients_of_intermediates):
-        return True
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether backward must itself be differentiable, or is part of a second derivative.
+
+    Never while compiling: torch.compile has no second derivative, and it traces backward with a gradient for every
+    output, so that those of the intermediates, which are zero then, say nothing.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(g is not None for g in gradients_of_intermediates)
 
 
 class _Center(torch.autograd.Function):
@@ -88,8 +92,8 @@ class _Center(torch.autograd.Function):
         output, map_mean, saved = _center(input, gain, mean_scale, constant, bias, residual, activation, slope, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
-        ctx.format = suggest_memory_format(input)
-        ctx.like = (output.shape, output.dtype, _ops.channels_innermost(output.shape, ctx.format))
+        ctx.like = (output.shape, output.dtype)
+        ctx.format = torch.contiguous_format if output.is_contiguous() else suggest_memory_format(output)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, activation, slope)
         return output, map_mean, saved
@@ -111,7 +115,7 @@ class _Center(torch.autograd.Function):
             vectors = _fold(grads[1:4], ctx.vectors)
             return grads[0], *vectors, grad_output if needs[4] and passes_through else grads[4], None, None, None
 
-        e = _through_activation(grad_output, grad_saved, saved, ctx.like, activation, slope)
+        e = _through_activation(grad_output, grad_saved, saved, *ctx.like, ctx.format, activation, slope)
         centred, sums = _center_error(e, mean_scale, constant)
         rank = len(ctx.like[0])
         grad_input = centred if gain is None else centred * per_map(gain, rank)
@@ -137,8 +141,7 @@ class _ConvCenter(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, gain, mean_scale, map_mean, saved)
-        innermost = _ops.channels_innermost(output.shape, _ops.conv_memory_format(input, weight))
-        ctx.like = (output.shape, output.dtype, innermost)
+        ctx.like = (output.shape, output.dtype)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, geometry, activation, slope, projection)
         return output, map_mean, saved
@@ -162,7 +165,8 @@ class _ConvCenter(torch.autograd.Function):
             return *grads[:2], *vectors, grad_residual, None, None, None, None, None
 
         stride, padding, dilation, groups = geometry
-        e = _through_activation(grad_output, grad_saved, saved, ctx.like, activation, slope)
+        format = _ops.conv_memory_format(input, weight)
+        e = _through_activation(grad_output, grad_saved, saved, *ctx.like, format, activation, slope)
         centred, sums = _center_error(e, mean_scale, constant)
         if grad_mean is not None and grad_mean.numel():
             centred = centred + per_map(grad_mean, e.dim()) / e[0, 0].numel()
@@ -192,14 +196,16 @@ def _fold(gradients, vectors):
             size, dtype = vector
             if gradient.shape[0] != size:
                 gradient = gradient.sum(0, keepdim=True)
-            gradient = gradient.to(dtype)
+            if gradient.dtype != dtype:
+                gradient = gradient.to(dtype)
         folded.append(gradient)
     return folded
 
 
-def _through_activation(grad_output, grad_saved, saved, like, activation: str, slope: float) -> Tensor:
-    """The gradient in front of the activation, differentiably; ``like`` is the output's shape, dtype and layout."""
-    shape, dtype, channels_innermost = like
+def _through_activation(
+    grad_output, grad_saved, saved, shape, dtype, memory_format, activation: str, slope: float
+) -> Tensor:
+    """The gradient in front of the activation, differentiably; shape, dtype and memory format are the output's."""
     if activation in activations.SMOOTH:
         e = 0 if grad_output is None else grad_output * activations.derivative(saved, activation)
         return e if grad_saved is None else e + grad_saved
@@ -207,7 +213,7 @@ def _through_activation(grad_output, grad_saved, saved, like, activation: str, s
         grad_output = torch.zeros(shape, dtype=dtype, device=saved.device)
     if activation == "identity":
         return grad_output
-    kept = _ops.unpack_bits(saved, shape, channels_innermost)
+    kept = _ops.unpack_bits(saved, shape, _ops.channels_innermost(shape, memory_format))
     return torch.where(kept, grad_output, grad_output * (slope if activation == "leaky_relu" else 0.0))
 
 

@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -52,7 +53,7 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
 
 CenteredError center_error(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                            const Tensor& mean_scale, double constant, const Tensor& saved, Activation activation,
-                           double slope, at::MemoryFormat format, Wanted wanted) {
+                           double slope, at::MemoryFormat format, const Wanted& wanted) {
   const Tensor grad = grad_output.contiguous(format);
   CenterBackward p{};
   p.layout = layout_of(grad, format);
@@ -63,7 +64,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   p.centred = mean_scale.defined() || constant != 0.0;
   CenteredError result;
   const auto vectors = grad.options().dtype(accumulation_type(grad)).memory_format(std::nullopt);
-  if (wanted.grad_input) result.grad_input = at::empty_like(grad);
+  if (wanted.grad_input) {
+    result.grad_input = wanted.grad_input_memory.defined() ? wanted.grad_input_memory : at::empty_like(grad);
+  }
   if (wanted.grad_residual) result.grad_residual = at::empty_like(grad);
   if (wanted.sums) result.sums = at::empty({grad.size(0), grad.size(1)}, vectors);
   if (wanted.dots) result.dots = at::empty({grad.size(0), grad.size(1)}, vectors);
@@ -89,6 +92,32 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
             [&](int64_t begin, int64_t end) { kernels().center_backward(p, begin, end); });
   return result;
+}
+
+template <class A>
+static void reduce_samples_as(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mean_scale, Tensor* grad_bias) {
+  const int64_t samples = sums.size(0), channels = sums.size(1);
+  const A* e = sums.const_data_ptr<A>();
+  const A* mean = grad_mean_scale ? map_mean.const_data_ptr<A>() : nullptr;
+  A* scale = grad_mean_scale ? grad_mean_scale->mutable_data_ptr<A>() : nullptr;
+  A* bias = grad_bias ? grad_bias->mutable_data_ptr<A>() : nullptr;
+  for (int64_t i = 0; i < samples * channels; ++i) {
+    if (scale) scale[i % channels] -= mean[i] * e[i];
+    if (bias) bias[i % channels] += e[i];
+  }
+}
+
+void reduce_samples(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mean_scale, Tensor* grad_bias) {
+  if (grad_mean_scale) {
+    TORCH_CHECK_VALUE(map_mean.sizes() == sums.sizes() && map_mean.scalar_type() == sums.scalar_type(),
+                      "map_mean: got ", map_mean.scalar_type(), " ", map_mean.sizes(), ", wanted ", sums.scalar_type(),
+                      " ", sums.sizes());
+    *grad_mean_scale = at::zeros({sums.size(1)}, sums.options());
+  }
+  const Tensor means = grad_mean_scale ? map_mean.contiguous() : map_mean;
+  if (grad_bias) *grad_bias = at::zeros({sums.size(1)}, sums.options());
+  const auto as = sums.scalar_type() == at::kDouble ? reduce_samples_as<double> : reduce_samples_as<float>;
+  as(sums, means, grad_mean_scale, grad_bias);
 }
 
 static std::tuple<Tensor, Tensor, Tensor> center(
@@ -121,18 +150,15 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
                    parse_activation(activation), slope, grad_output.suggest_memory_format(),
                    {mask[0], mask[4], mask[1] || mask[2] || mask[3], mask[1]});
   Tensor grad_gain, grad_mean_scale, grad_bias;
+  const bool means = centred && (mask[1] || mask[2]);
+  if (means || mask[3]) reduce_samples(error.sums, map_mean, means ? &grad_mean_scale : nullptr, mask[3] ? &grad_bias : nullptr);
   if (mask[1]) {
+    // grad_mean_scale is still minus the sum of mean * e here, not yet multiplied by gain.
     grad_gain = error.dots.sum(0);
-    if (centred) {
-      const Tensor means = (map_mean * error.sums).sum(0);
-      grad_gain -= mean_scales.defined() ? means * mean_scales : means * constant;
-    }
+    if (centred) grad_gain += mean_scales.defined() ? grad_mean_scale * mean_scales : grad_mean_scale * constant;
   }
-  if (mask[2]) {
-    grad_mean_scale = (map_mean * error.sums).sum(0).neg_();
-    if (scale.defined()) grad_mean_scale *= scale;
-  }
-  if (mask[3]) grad_bias = error.sums.sum(0);
+  if (mask[2] && scale.defined()) grad_mean_scale *= scale;
+  if (!mask[2]) grad_mean_scale.reset();
   return {error.grad_input, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
 }
 

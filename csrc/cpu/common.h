@@ -117,15 +117,19 @@ struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;
 };
 
-// What the backward of the centring asks for.
+// What the backward of the centring asks for. `grad_input` may bring the memory that it is to be written to.
 struct Wanted {
   bool grad_input, grad_residual, sums, dots;
+  Tensor grad_input_memory = {};
 };
 
 // `format` is that of the output; `input` is needed for the dots only.
 CenteredError center_error(const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                            const Tensor& mean_scale, double constant, const Tensor& saved, Activation activation,
-                           double slope, at::MemoryFormat format, Wanted wanted);
+                           double slope, at::MemoryFormat format, const Wanted& wanted);
+
+// Sums over the samples: of `sums` into grad_bias and of -map_mean * sums into grad_mean_scale, each (C,) and only if asked.
+void reduce_samples(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mean_scale, Tensor* grad_bias);
 
 // Divides, multiplies and projects in place; returns sum(weight * grad / divisor) if asked, else an undefined tensor.
 Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor& factor, const Tensor& divisor,

@@ -6,14 +6,15 @@
 // small to divide by, zero above all, go the other way round: their dz' stays as it is and their weights are scaled.
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/abs.h>
-#include <ATen/ops/all.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/ge.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
 
 #include "common.h"
 
@@ -48,15 +49,68 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
 struct SplitGain {
   Tensor on_error, on_weight;
 
-  explicit SplitGain(const Tensor& gain) {
-    constexpr double kLeastDivisor = 1.0 / 4096;
-    if (!gain.defined()) return;
-    const Tensor divides = gain.abs() >= kLeastDivisor;
-    on_error = gain;
-    if (divides.all().item<bool>()) return;
-    on_error = at::where(divides, gain, 1.0);
-    on_weight = at::where(divides, 1.0, gain);
+  explicit SplitGain(const Tensor& gain) : on_error(gain) {
+    if (gain.defined()) gain.scalar_type() == at::kDouble ? split<double>(gain) : split<float>(gain);
   }
+
+ private:
+  template <class A>
+  void split(const Tensor& gain) {
+    constexpr A kLeastDivisor = A(1) / 4096;
+    const A* gains = gain.const_data_ptr<A>();
+    const int64_t filters = gain.numel();
+    if (std::all_of(gains, gains + filters, [](A g) { return std::abs(g) >= kLeastDivisor; })) return;
+    on_error = gain.clone();
+    on_weight = at::ones_like(gain);
+    A* error = on_error.mutable_data_ptr<A>();
+    A* weight = on_weight.mutable_data_ptr<A>();
+    for (int64_t o = 0; o < filters; ++o) {
+      if (!(std::abs(gains[o]) >= kLeastDivisor)) std::swap(error[o], weight[o]);
+    }
+  }
+};
+
+// Memory for dz', which lives only inside one call. It is kept for the next call: memory fresh from the system faults
+// in page by page, which measured longer than the pass that fills it. One buffer a process, the largest asked for yet;
+// larger needs than kMost, and calls at the same time from other threads, allocate as usual.
+class Workspace {
+ public:
+  Workspace(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+    tensor_ = at::empty(sizes, options.device(at::kMeta).memory_format(format));
+    const int64_t bytes = tensor_.numel() * tensor_.element_size();
+    if (bytes > kMost) {
+      tensor_ = at::empty(sizes, options.memory_format(format));
+      return;
+    }
+    {
+      std::lock_guard lock(mutex());
+      std::swap(memory_, kept());
+    }
+    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
+    tensor_ = at::from_blob(memory_.mutable_data_ptr(), sizes, tensor_.strides(), options);
+  }
+  ~Workspace() {
+    if (!memory_.defined()) return;
+    std::lock_guard lock(mutex());
+    if (!kept().defined() || kept().numel() < memory_.numel()) std::swap(memory_, kept());
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  static constexpr int64_t kMost = int64_t(1) << 28;
+  // Never destroyed: the allocator may be gone first when the process ends.
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static Tensor& kept() {
+    static auto* kept = new Tensor;
+    return *kept;
+  }
+  Tensor memory_, tensor_;
 };
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
@@ -69,9 +123,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const int64_t filters = weight.size(0);
   const bool through_conv = mask[0] || mask[1] || mask[2];
   const SplitGain split(vector_of(gain, filters, type, "gain"));
-  const CenteredError error = center_error(
-      grad_output, {}, split.on_error, vector_of(mean_scale, filters, type, "mean_scale"), constant, saved,
-      parse_activation(activation), slope, format_of(input, weight), {through_conv, mask[5], mask[3] || mask[4], false});
+  const auto format = format_of(input, weight);
+  std::optional<Workspace> workspace;
+  Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
+  if (through_conv) {
+    workspace.emplace(grad_output.sizes(), grad_output.options(), format);
+    wanted.grad_input_memory = workspace->tensor();
+  }
+  const CenteredError error =
+      center_error(grad_output, {}, split.on_error, vector_of(mean_scale, filters, type, "mean_scale"), constant, saved,
+                   parse_activation(activation), slope, format, wanted);
 
   Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
   if (through_conv) {
@@ -93,8 +154,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
                                    mask[2]);
     if (!mask[1]) grad_weight.reset();
   }
-  if (mask[3]) grad_mean_scale = (map_mean * error.sums).sum(0).neg_();
-  if (mask[4]) grad_bias = error.sums.sum(0);
+  if (mask[3] || mask[4]) {
+    reduce_samples(error.sums, map_mean, mask[3] ? &grad_mean_scale : nullptr, mask[4] ? &grad_bias : nullptr);
+  }
   return {grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
 }
 

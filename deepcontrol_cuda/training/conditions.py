@@ -14,16 +14,17 @@ from .. import __version__, backends
 def conditions() -> dict[str, str]:
     """What a reader needs to judge or repeat a measurement on the CPU, in the order in which it should be read."""
     return {
-        "CPU": f"{_cpu_model()}, {torch.get_num_threads()} threads",
+        "CPU": f"{cpu_model()}, {torch.get_num_threads()} threads",
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "deepcontrol_cuda": __version__ + (f", commit {commit}" if (commit := _commit()) else ""),
+        "deepcontrol_cuda": _version(),
         "Deep Control backend": backends.explain(torch.empty(1, 1, 1)),
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -32,8 +33,8 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or "unknown CPU"
 
 
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, with "+ changes" if tracked files differ, or None."""
+def commit() -> tuple[str, bool] | None:
+    """Commit of the checkout that this package runs from and whether tracked files differ from it; None elsewhere."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -44,6 +45,14 @@ def _commit() -> str | None:
     try:
         # A package installed inside somebody else's repository is not part of that repository.
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "--short=12", "HEAD") + (" + changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _version() -> str:
+    found = commit()
+    if found is None:
+        return __version__
+    name, changed = found
+    return f"{__version__}, commit {name}" + (" + changes" if changed else "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from . import pictures
 from .layers import LAYERS, PASSES, Timing
 from .loop import NETWORKS, Run
+from .table import markdown_table
 
 
 @dataclass
@@ -50,7 +51,7 @@ def training_table(runs: list[Run]) -> str:
                 " / ".join("-" if run.final_loss is None else f"{run.final_loss:.4f}" for run in cell),
                 " / ".join("no" if run.diverged_at is None else f"step {run.diverged_at}" for run in cell),
             ])  # fmt: skip
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def layer_table(timings: list[Timing], mode: str) -> str:
@@ -64,14 +65,14 @@ def layer_table(timings: list[Timing], mode: str) -> str:
         numbers = [f"{number:.2f}" for number in (*(ms[name] for name in LAYERS), *ratios)]
         numbers.append(f"{max(timing.spreads.values()):.0%}")
         lines.append([timing.shape, *numbers, f"{max(timing.errors.values()):.0e}"])
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def _markdown(results: Results) -> str:
     parts = ["# Deep Control and Batch Norm, measured on this machine"]
     if not results.complete:
         parts.append("**Incomplete: the demo is running or was stopped. What is here was measured.**")
-    parts.append(_table([["condition", "value"], *map(list, results.conditions.items())]))
+    parts.append(markdown_table([["condition", "value"], *map(list, results.conditions.items())]))
     if results.runs:
         parts += ["## Training", *results.method, training_table(results.runs)]
         parts += ["Training loss, smoothed; one line for each seed.", "![loss curves](losses.png)"]
@@ -90,18 +91,12 @@ gradients. Training: forward and backward in `train()`, gradients for the input 
 conv + ReLU. BN is timed in eager mode as it is written; at inference one can fold it into the convolution, and then \
 it costs what plain costs. "spread" is the largest distance between the quartiles over the median: differences below \
 it mean nothing, and a large one says that the machine was busy with other things. "error" is the largest of the three \
-layers' errors: of output and gradients against float64, relative, in the Euclidean norm."""
+layers' errors against float64: of the output its largest deviation over its largest value, of each gradient relative \
+in the Euclidean norm."""
 
 
 def _seeds(seeds: list[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else "seeds " + " / ".join(map(str, seeds))
-
-
-def _table(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([rows[0], rule, *rows[1:]])
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
