@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench layers | memory | overhead`` and ``python -m pytest bench --benchmark-only``."""

@@ -1,0 +1,182 @@
+"""The commands of ``python -m bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from deepcontrol_cuda import backends
+
+from . import memory, overhead, peers, record, report, runner
+from .cases import SETS
+from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0 for success, 1 for a failure that was explained, 2 for bad usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output):
+            pass
+    except OSError as error:
+        return _fail(f"--output: cannot write into {options.output}: {error.strerror}")
+    if reason := backends.available()["cpu"]:
+        return _fail(f"backend 'cpu': {reason}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        options.run(options)
+    except WrongResultError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Deep Control on this machine's CPU.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, help: str, layouts: Sequence[str]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+        sub.add_argument("--layout", nargs="+", choices=LAYOUTS, default=layouts, help=f"default: {' '.join(layouts)}")
+        sub.add_argument("--threads", type=_positive, help="default: torch's choice")
+        sub.add_argument("--output", type=Path, default=_RESULTS, help="folder for the JSON (default: bench/results)")
+        sub.set_defaults(run=run)
+        return sub
+
+    layers = command("layers", _layers, "time layers against their peers, call by call", LAYOUTS)
+    layers.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
+    layers.add_argument("--set", choices=SETS, default="resnet50", help="shapes (default: resnet50)")
+    layers.add_argument(
+        "--peers", nargs="+", choices=peers.PEERS, default=peers.PEERS, help=f"{' and '.join(peers.ALWAYS)} always run"
+    )
+    layers.add_argument("--batch", type=_positive, help="default: 8, or 1 with --quick")
+    layers.add_argument("--repeats", type=_repeats, help="default: 25, or 3 with --quick")
+    layers.add_argument("--quick", action="store_true", help="the last two shapes only, to see that it runs")
+
+    saved = command("memory", _memory, "count the bytes that a chain of three layers keeps for backward", LAYOUTS)
+    saved.add_argument("--batch", type=_positive, default=8, help="default: 8")
+
+    tiny = command("overhead", _overhead, "time one tiny layer: Python's and the dispatcher's share", LAYOUTS[:1])
+    tiny.add_argument("--repeats", type=_repeats, default=2000, help="default: 2000")
+    return parser
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _repeats(text: str) -> int:
+    # Quartiles need two.
+    return _integer(text, 2)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of at least {least}")
+    return int(text)
+
+
+def _layers(options: argparse.Namespace) -> None:
+    shapes = SETS[options.set][-2:] if options.quick else SETS[options.set]
+    batch = options.batch or (1 if options.quick else 8)
+    repeats = options.repeats or (3 if options.quick else 25)
+    settings = [Setting(*names) for names in product(options.dtype, options.layout, options.mode)]
+    wanted = [name for name in peers.PEERS if name in (*options.peers, *peers.ALWAYS)]
+    names, skipped = _usable(wanted, options.mode)
+    run = record.collect("layers", set=options.set, quick=options.quick, batch=batch, repeats=repeats)
+    rows: list[Row] = []
+    complete = False
+    try:
+        with tqdm(total=len(settings) * len(shapes) * repeats, unit="round", dynamic_ncols=True) as bar:
+            for setting in settings:
+                for shape in shapes:
+                    bar.set_description(f"{setting}: {shape}")
+                    rows.append(runner.measure(shape, setting, batch, names[setting.mode], repeats, bar.update))
+                timed = rows[-len(shapes) :]
+                tqdm.write(f"\n{setting}, batch {batch}\n\n{report.rows_table(timed)}\n", file=sys.stdout)
+        complete = True
+    finally:
+        # What was measured before a failure or an interruption is kept.
+        if rows:
+            verdicts = report.verdicts(rows)
+            results = {
+                "complete": complete,
+                "times_in": "seconds",
+                "skipped": skipped,
+                "rows": [asdict(row) for row in rows],
+                "verdicts": [asdict(verdict) for verdict in verdicts],
+            }
+            path = record.write(run | results, options.output)
+            print(f"\n{report.verdicts_table(verdicts)}\n")
+            if shapes != SETS["resnet50"] or batch != 8:
+                print("The targets are set for all shapes of resnet50 at batch 8; this run is another.")
+            print(f"Written to {path}" + ("" if complete else ", incomplete"))
+
+
+def _usable(wanted: Sequence[str], modes: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """For each mode the peers that can be timed, and the reasons why others cannot."""
+    names: dict[str, list[str]] = {}
+    skipped: dict[str, str] = {}
+    for mode in modes:
+        reasons = {name: peers.why_not(name, mode) for name in wanted}
+        names[mode] = [name for name, reason in reasons.items() if reason is None]
+        for name, reason in reasons.items():
+            if reason is not None:
+                skipped[f"{name}, {mode}"] = reason
+                print(f"{name} is left out of {mode}: {reason}")
+    return names, skipped
+
+
+def _memory(options: argparse.Namespace) -> None:
+    run = record.collect("memory", batch=options.batch)
+    grid = product(memory.CHAINS, options.dtype, options.layout)
+    counted = [memory.measure(*cell, options.batch) for cell in grid]
+    verdicts = [report.at_most(f"{c.chain}, {c.dtype}, {c.layout}", c.ratio, 0.5) for c in counted]
+    lines = [["chain", "dtype", "layout", *(f"{name}, bytes" for name in memory.LAYERS)]]
+    lines += [[c.chain, c.dtype, c.layout, *(str(c.bytes[name]) for name in memory.LAYERS)] for c in counted]
+    print(f"Kept for backward at batch {options.batch}\n\n{report.markdown_table(lines)}\n")
+    print(f"Ours over conv_bn_relu\n\n{report.verdicts_table(verdicts)}\n")
+    results = {"saved": [asdict(c) for c in counted], "verdicts": [asdict(verdict) for verdict in verdicts]}
+    print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _overhead(options: argparse.Namespace) -> None:
+    run = record.collect("overhead", batch=1, repeats=options.repeats)
+    rows = []
+    total = len(options.dtype) * len(options.layout) * len(MODES)
+    for row in tqdm(overhead.run(options.dtype, options.layout, options.repeats), total=total, dynamic_ncols=True):
+        tqdm.write(f"\n{row.setting}, batch 1\n\n{report.rows_table([row])}\n", file=sys.stdout)
+        rows.append(row)
+    verdicts = [
+        report.at_most(f"{row.setting}: ours / conv_bn_relu", row.ratio("ours", "conv_bn_relu"), 1.0) for row in rows
+    ]
+    print(f"\n{report.verdicts_table(verdicts)}\n")
+    results = {
+        "times_in": "seconds",
+        "rows": [asdict(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
