@@ -10,6 +10,22 @@
 
 namespace deepcontrol::cpu {
 
+Tensor saved_for(const Tensor& output, at::MemoryFormat format, Activation activation, bool save) {
+  const auto options = output.options().memory_format(std::nullopt);
+  if (save && is_piecewise(activation)) return at::empty(bits_shape(layout_of(output, format)), options.dtype(at::kByte));
+  if (save && is_smooth(activation)) return at::empty_like(output);
+  return at::empty({0}, options);
+}
+
+Tensor residual_of(const OptionalTensor& residual, const Tensor& output, at::MemoryFormat format) {
+  if (!residual || !residual->defined()) return {};
+  TORCH_CHECK_VALUE(residual->sizes() == output.sizes(), "residual: got shape ", residual->sizes(), ", wanted ",
+                    output.sizes());
+  TORCH_CHECK_TYPE(residual->scalar_type() == output.scalar_type(), "residual: got dtype ", residual->scalar_type(),
+                   ", wanted ", output.scalar_type());
+  return residual->contiguous(format);
+}
+
 Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat format, const Tensor& gain, const Tensor& mean_scale,
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save) {
@@ -23,22 +39,10 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
   const bool centred = mean_scale.defined() || constant != 0.0;
   const auto vectors = z.options().dtype(accumulation_type(z)).memory_format(std::nullopt);
   result.map_mean = at::empty(centred ? at::IntArrayRef({z.size(0), z.size(1)}) : at::IntArrayRef({0}), vectors);
-  Tensor dense_residual;
-  if (residual && residual->defined()) {
-    TORCH_CHECK_VALUE(residual->sizes() == z.sizes(), "residual: got shape ", residual->sizes(), ", wanted ", z.sizes());
-    TORCH_CHECK_TYPE(residual->scalar_type() == z.scalar_type(), "residual: got dtype ", residual->scalar_type(),
-                     ", wanted ", z.scalar_type());
-    dense_residual = residual->contiguous(format);
-  }
-  if (save && is_piecewise(activation)) {
-    result.saved = at::empty(bits_shape(p.layout), z.options().dtype(at::kByte).memory_format(std::nullopt));
-    p.bits = result.saved.mutable_data_ptr<uint8_t>();
-  } else if (save && is_smooth(activation)) {
-    result.saved = at::empty_like(z);
-    p.pre_activation = mutable_data(result.saved);
-  } else {
-    result.saved = at::empty({0}, z.options().memory_format(std::nullopt));
-  }
+  const Tensor dense_residual = residual_of(residual, z, format);
+  result.saved = saved_for(z, format, activation, save);
+  if (save && is_piecewise(activation)) p.bits = result.saved.mutable_data_ptr<uint8_t>();
+  if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.saved);
   p.input = data(z);
   p.residual = data(dense_residual);
   p.gain = data(gain);

@@ -113,6 +113,26 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save);
 
+// Whether one fused pass does the layer: a convolution by one tap at stride one, in channels_last, of a dtype that the
+// processor multiplies fast, and with an input that is cheaper to average than the output.
+bool is_fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
+                        at::IntArrayRef padding, int64_t groups, bool centred);
+
+struct Convolved {
+  Tensor output;
+  Centred centred;  // with the mean of conv(input, gain * weight)
+};
+
+Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, const Tensor& gain,
+                          const Tensor& mean_scale, double constant, const Tensor& bias, const OptionalTensor& residual,
+                          Activation activation, double slope, bool save);
+
+// What the forward pass keeps of the activation for an output like `output`.
+Tensor saved_for(const Tensor& output, at::MemoryFormat format, Activation activation, bool save);
+
+// The residual dense in `format`, checked against the output; undefined if absent.
+Tensor residual_of(const OptionalTensor& residual, const Tensor& output, at::MemoryFormat format);
+
 struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;
 };

@@ -31,17 +31,25 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view activation, double slope,
     bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const std::vector<int64_t> no_output_padding(stride.size(), 0);
   const auto format = format_of(input, weight);
+  const auto type = accumulation_type(input);
+  const int64_t filters = weight.size(0);
+  const auto act = parse_activation(activation);
+  const Tensor gains = vector_of(gain, filters, type, "gain");
+  const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
+  const Tensor biases = vector_of(bias, filters, type, "bias");
+  const bool is_centred = mean_scales.defined() || constant != 0.0;
+  if (is_fused_pointwise(input, weight, format, stride, padding, groups, is_centred)) {
+    const Convolved result =
+        fused_pointwise(input, weight, format, gains, mean_scales, constant, biases, residual, act, slope, save);
+    return {result.output, result.centred.map_mean, result.centred.saved};
+  }
+  const std::vector<int64_t> no_output_padding(stride.size(), 0);
   const Tensor z = at::convolution(dense(input), weight, {}, stride, padding, dilation, false, no_output_padding, groups)
                        .contiguous(format);
-  const auto type = accumulation_type(z);
-  const int64_t filters = weight.size(0);
-  const Tensor gains = vector_of(gain, filters, type, "gain");
-  Centred centred = center_into(z, z, format, gains, vector_of(mean_scale, filters, type, "mean_scale"), constant,
-                                vector_of(bias, filters, type, "bias"), residual, parse_activation(activation), slope,
-                                save);
-  if (gains.defined() && centred.map_mean.dim() == 2) centred.map_mean.mul_(gains);
+  const Centred centred =
+      center_into(z, z, format, gains, mean_scales, constant, biases, residual, act, slope, save);
+  if (gains.defined() && is_centred) centred.map_mean.mul_(gains);
   return {z, centred.map_mean, centred.saved};
 }
 

@@ -84,6 +84,52 @@ struct WeightGrad {
   void* dots;          // (filters): sum of weight * grad / divisor
 };
 
+// A convolution by one tap at stride one, which is a matrix product, in channels_last: with the map means known before
+// (from the means of the input, by linearity), one pass computes, centres, activates and writes.
+struct PointwiseForward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  int64_t samples, pixels, channels, filters;
+  int64_t rows;    // pixels of one task
+  int64_t panels;  // panels of filters of one task
+  const void* input;
+  const void* weight;  // packed by pack_weight
+  const void* gain;    // (filters), null for 1
+  const void* shift;   // (samples, filters), null for 0: bias - mean_scale * map_mean
+  const void* residual;
+  void* output;
+  void* pre_activation;
+  uint8_t* bits;
+
+  int64_t row_tiles() const { return (pixels + rows - 1) / rows; }
+  int64_t panel_tiles() const { return (all_panels() + panels - 1) / panels; }
+  int64_t all_panels() const { return (filters + kPanel - 1) / kPanel; }
+  int64_t tasks() const { return samples * row_tiles() * panel_tiles(); }
+
+  // Filters of one panel of packed weights.
+  static constexpr int64_t kPanel = 64;
+};
+
+// (filters, channels) weights to panels: of kPanel filters, all channels, the filters innermost (for bfloat16 in pairs
+// of channels), zeros behind the last filter. Tasks are panels.
+struct PackWeight {
+  Dtype dtype;
+  int64_t filters, channels;
+  const void* weight;
+  void* packed;
+};
+
+// map_mean[n, o] = gain[o] / pixels * sum_c weight[o, c] * sums[n, c]. Tasks are filters.
+struct PointwiseMean {
+  Dtype dtype;
+  int64_t samples, pixels, channels, filters;
+  const void* weight;
+  const void* sums;
+  const void* gain;
+  void* map_mean;
+};
+
 // Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
 struct Kernels {
   const char* isa;
@@ -91,6 +137,11 @@ struct Kernels {
   void (*center_backward)(const CenterBackward&, int64_t begin, int64_t end);
   void (*window_mean)(const WindowMean&, int64_t begin, int64_t end);
   void (*finish_weight_grad)(const WeightGrad&, int64_t begin, int64_t end);
+  // Null where the instruction set has no fast matrix product.
+  void (*pointwise_forward)(const PointwiseForward&, int64_t begin, int64_t end);
+  void (*pack_weight)(const PackWeight&, int64_t begin, int64_t end);
+  void (*pointwise_mean)(const PointwiseMean&, int64_t begin, int64_t end);
+  bool pointwise_bf16;
 };
 
 // Channels of a task never exceed this, so that the vectors of one task lie on the stack.

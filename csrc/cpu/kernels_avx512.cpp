@@ -15,8 +15,11 @@ namespace deepcontrol::cpu::avx512 {
 
 #include "kernels_impl.h"
 
+#include "pointwise_impl.h"
+
 extern const Kernels table;
-const Kernels table{"avx512", center_forward, center_backward, window_mean, finish_weight_grad};
+const Kernels table{"avx512", center_forward, center_backward, window_mean, finish_weight_grad,
+                    pointwise_forward, pack_weight, pointwise_mean, false};
 }  // namespace deepcontrol::cpu::avx512
 
 #if defined(__clang__)

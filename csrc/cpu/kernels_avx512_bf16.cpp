@@ -16,8 +16,11 @@ namespace deepcontrol::cpu::avx512_bf16 {
 
 #include "kernels_impl.h"
 
+#include "pointwise_impl.h"
+
 extern const Kernels table;
-const Kernels table{"avx512_bf16", center_forward, center_backward, window_mean, finish_weight_grad};
+const Kernels table{"avx512_bf16", center_forward, center_backward, window_mean, finish_weight_grad,
+                    pointwise_forward, pack_weight, pointwise_mean, true};
 }  // namespace deepcontrol::cpu::avx512_bf16
 
 #if defined(__clang__)

@@ -95,6 +95,25 @@ DC_INLINE const T* offset(const void* base, int64_t elements) {
   return base ? static_cast<const T*>(base) + elements : nullptr;
 }
 
+// Applies the activation to a vector and writes the output, and for backward the bits or the pre-activation if asked.
+template <class T, Sort sort, class V, class Tail>
+DC_INLINE void activate(const V& pre, T* output, T* pre_activation, uint8_t* bits, const PiecewiseLinear<V>& piecewise,
+                        Activation activation, Tail tail) {
+  if constexpr (sort == Sort::identity) {
+    store(output, pre, tail);
+  } else if constexpr (sort == Sort::smooth) {
+    if (pre_activation) store(pre_activation, pre, tail);
+    store(output, smooth_value(pre, activation), tail);
+  } else if constexpr (sort == Sort::relu) {
+    const auto passes = ~(pre <= 0);  // on NaN too, as in PyTorch
+    store(output, passes ? pre : V{}, tail);
+    if (bits) write_bits<V>(bits, to_bits(passes), tail);
+  } else {
+    store(output, piecewise.value(pre), tail);
+    if (bits) write_bits<V>(bits, to_bits(piecewise.passes(pre)), tail);
+  }
+}
+
 // One task's part of a tensor: `rows` rows of `length` elements, `stride` apart.
 struct Slab {
   int64_t sample, channel;  // the first
@@ -173,7 +192,7 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   const T* residual = offset<T>(p.residual, slab.first);
   T* output = offset<T>(p.output, slab.first);
   T* pre_activation = offset<T>(p.pre_activation, slab.first);
-  uint8_t* bits = p.bits ? p.bits + slab.bits : nullptr;
+  uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
 
   alignas(64) A removed[kMostChannels], scale[kMostChannels], bias[kMostChannels];
@@ -203,19 +222,8 @@ void center_forward_task(const CenterForward& p, int64_t task) {
                   per_element<channels_innermost>(scale, i, tail) +
               per_element<channels_innermost>(bias, i, tail);
       if (residual) pre += load(residual + start + i, tail);
-      if constexpr (sort == Sort::identity) {
-        store(output + start + i, pre, tail);
-      } else if constexpr (sort == Sort::relu) {
-        const auto passes = ~(pre <= 0);  // on NaN too, as in PyTorch
-        store(output + start + i, passes ? pre : V{}, tail);
-        if (bits) write_bits<V>(bits + row * slab.bits_row + i / 8, to_bits(passes), tail);
-      } else if constexpr (sort == Sort::piecewise) {
-        store(output + start + i, piecewise.value(pre), tail);
-        if (bits) write_bits<V>(bits + row * slab.bits_row + i / 8, to_bits(piecewise.passes(pre)), tail);
-      } else {
-        if (pre_activation) store(pre_activation + start + i, pre, tail);
-        store(output + start + i, smooth_value(pre, p.activation), tail);
-      }
+      activate<T, sort>(pre, output + start + i, offset<T>(pre_activation, start + i),
+                        offset<uint8_t>(bits, row * slab.bits_row + i / 8), piecewise, p.activation, tail);
     });
   }
 }

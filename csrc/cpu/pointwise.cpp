@@ -1,0 +1,108 @@
+// The fused convolution by one tap: packing, map means from the input's means, one pass for everything else.
+
+#include "common.h"
+
+#include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
+
+namespace deepcontrol::cpu {
+
+bool is_fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
+                        at::IntArrayRef padding, int64_t groups, bool centred) {
+  if (!kernels().pointwise_forward || groups != 1 || pixels_of(weight) != 1 || input.numel() == 0) return false;
+  const auto is = [](int64_t value) { return [value](int64_t v) { return v == value; }; };
+  if (!std::all_of(stride.begin(), stride.end(), is(1)) || !std::all_of(padding.begin(), padding.end(), is(0))) return false;
+  const int64_t channels = input.size(1);
+  if (format == at::MemoryFormat::Contiguous && pixels_of(input) > 1) return false;
+  if (channels == 1 || weight.size(0) == 1 || weight.size(1) != channels) return false;
+  if (centred && channels > weight.size(0)) return false;
+  if (input.scalar_type() == at::kFloat) return true;
+  return input.scalar_type() == at::kBFloat16 && kernels().pointwise_bf16 && channels % 2 == 0;
+}
+
+// map_mean, (N, O), from the sums of the input over its maps.
+static Tensor mean_of_product(const Tensor& x, const Tensor& weight, at::MemoryFormat format, const Tensor& gain) {
+  const Tensor sums = center_error(x, {}, {}, {}, 0.0, {}, Activation::identity, 0.0, format, {false, false, true, false}).sums;
+  PointwiseMean p{};
+  p.dtype = dtype_of(x);
+  p.samples = x.size(0);
+  p.pixels = pixels_of(x);
+  p.channels = x.size(1);
+  p.filters = weight.size(0);
+  p.weight = data(weight);
+  p.sums = data(sums);
+  p.gain = data(gain);
+  const Tensor map_mean = at::empty({p.samples, p.filters}, sums.options());
+  p.map_mean = mutable_data(map_mean);
+  for_tasks(p.filters, p.samples * p.channels,
+            [&](int64_t begin, int64_t end) { kernels().pointwise_mean(p, begin, end); });
+  return map_mean;
+}
+
+static Tensor pack(const Tensor& weight) {
+  PackWeight p{};
+  p.dtype = dtype_of(weight);
+  p.filters = weight.size(0);
+  p.channels = weight.size(1);
+  const int64_t panels = (p.filters + PointwiseForward::kPanel - 1) / PointwiseForward::kPanel;
+  const Tensor packed = at::empty({panels * PointwiseForward::kPanel * p.channels}, weight.options().memory_format(std::nullopt));
+  p.weight = data(weight);
+  p.packed = mutable_data(packed);
+  for_tasks(panels, PointwiseForward::kPanel * p.channels,
+            [&](int64_t begin, int64_t end) { kernels().pack_weight(p, begin, end); });
+  return packed;
+}
+
+Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, const Tensor& gain,
+                          const Tensor& mean_scale, double constant, const Tensor& bias, const OptionalTensor& residual,
+                          Activation activation, double slope, bool save) {
+  const Tensor x = input.contiguous(format);
+  const Tensor w = weight.contiguous();  // one tap: the same in every memory format
+  PointwiseForward p{};
+  p.dtype = dtype_of(x);
+  p.activation = activation;
+  p.slope = slope;
+  p.samples = x.size(0);
+  p.pixels = pixels_of(x);
+  p.channels = x.size(1);
+  p.filters = w.size(0);
+
+  Convolved result;
+  auto shape = x.sizes().vec();
+  shape[1] = p.filters;
+  result.output = at::empty(shape, x.options().memory_format(format));
+  result.centred.saved = saved_for(result.output, format, activation, save);
+  const auto vectors = x.options().dtype(accumulation_type(x)).memory_format(std::nullopt);
+  Tensor shift;
+  if (mean_scale.defined() || constant != 0.0) {
+    result.centred.map_mean = mean_of_product(x, w, format, gain);
+    shift = mean_scale.defined() ? result.centred.map_mean * mean_scale : result.centred.map_mean * constant;
+    shift.neg_();
+    if (bias.defined()) shift.add_(bias);
+  } else {
+    result.centred.map_mean = at::empty({0}, vectors);
+    if (bias.defined()) shift = bias.expand({p.samples, p.filters}).contiguous();
+  }
+  const Tensor packed = pack(w);
+  const Tensor dense_residual = residual_of(residual, result.output, format);
+
+  // A task's rows of the input should stay in the second-level cache while panel after panel of filters passes; where
+  // there are fewer such tiles than threads, the panels are shared out too.
+  constexpr int64_t kTileBytes = 128 * 1024, kLeastRows = 24, kMostRows = 96;
+  p.rows = std::clamp(kTileBytes / (p.channels * x.element_size()) / 6 * 6, kLeastRows, kMostRows);
+  const int64_t threads = at::get_num_threads();
+  p.panels = p.samples * p.row_tiles() >= threads ? p.all_panels() : (p.all_panels() + threads - 1) / threads;
+  p.input = data(x);
+  p.weight = data(packed);
+  p.gain = data(gain);
+  p.shift = data(shift);
+  p.residual = data(dense_residual);
+  p.output = mutable_data(result.output);
+  if (save && is_piecewise(activation)) p.bits = result.centred.saved.mutable_data_ptr<uint8_t>();
+  if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.centred.saved);
+  for_tasks(p.tasks(), p.rows * p.panels * PointwiseForward::kPanel * p.channels,
+            [&](int64_t begin, int64_t end) { kernels().pointwise_forward(p, begin, end); });
+  return result;
+}
+
+}  // namespace deepcontrol::cpu
