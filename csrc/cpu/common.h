@@ -127,6 +127,18 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
                           const Tensor& mean_scale, double constant, const Tensor& bias, const OptionalTensor& residual,
                           Activation activation, double slope, bool save);
 
+struct PointwiseGrads {
+  Tensor grad_input;
+  Tensor grad_weight;  // scale * dw'
+  Tensor sums, grad_residual;
+};
+
+// `scale` multiplies dz'; `weight` is what grad_input is computed with. Sums are always there.
+PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                        at::MemoryFormat format, const Tensor& scale, const Tensor& mean_scale,
+                                        double constant, const Tensor& saved, Activation activation, double slope,
+                                        bool wants_input, bool wants_weight, bool wants_residual);
+
 // What the forward pass keeps of the activation for an output like `output`.
 Tensor saved_for(const Tensor& output, at::MemoryFormat format, Activation activation, bool save);
 

@@ -14,9 +14,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
 
 #include "common.h"
+#include "workspace.h"
 
 namespace deepcontrol::cpu {
 
@@ -78,49 +78,6 @@ struct SplitGain {
   }
 };
 
-// Memory for dz', which lives only inside one call. It is kept for the next call: memory fresh from the system faults
-// in page by page, which measured longer than the pass that fills it. One buffer a process, the largest asked for yet;
-// larger needs than kMost, and calls at the same time from other threads, allocate as usual.
-class Workspace {
- public:
-  Workspace(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
-    tensor_ = at::empty(sizes, options.device(at::kMeta).memory_format(format));
-    const int64_t bytes = tensor_.numel() * tensor_.element_size();
-    if (bytes > kMost) {
-      tensor_ = at::empty(sizes, options.memory_format(format));
-      return;
-    }
-    {
-      std::lock_guard lock(mutex());
-      std::swap(memory_, kept());
-    }
-    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
-    tensor_ = at::from_blob(memory_.mutable_data_ptr(), sizes, tensor_.strides(), options);
-  }
-  ~Workspace() {
-    if (!memory_.defined()) return;
-    std::lock_guard lock(mutex());
-    if (!kept().defined() || kept().numel() < memory_.numel()) std::swap(memory_, kept());
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  const Tensor& tensor() const { return tensor_; }
-
- private:
-  static constexpr int64_t kMost = int64_t(1) << 28;
-  // Never destroyed: the allocator may be gone first when the process ends.
-  static std::mutex& mutex() {
-    static auto* mutex = new std::mutex;
-    return *mutex;
-  }
-  static Tensor& kept() {
-    static auto* kept = new Tensor;
-    return *kept;
-  }
-  Tensor memory_, tensor_;
-};
-
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
     const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
@@ -129,34 +86,53 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
-  const bool through_conv = mask[0] || mask[1] || mask[2];
+  const bool wants_weight = mask[1] || mask[2], through_conv = mask[0] || wants_weight;
   const SplitGain split(vector_of(gain, filters, type, "gain"));
+  const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
-  std::optional<Workspace> workspace;
-  Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
-  if (through_conv) {
-    workspace.emplace(grad_output.sizes(), grad_output.options(), format);
-    wanted.grad_input_memory = workspace->tensor();
+  const auto act = parse_activation(activation);
+  TORCH_CHECK_VALUE(grad_output.dim() == input.dim() && grad_output.size(0) == input.size(0) &&
+                        grad_output.size(1) == filters,
+                    "grad_output: got shape ", grad_output.sizes(), " for input ", input.sizes(), " and weight ",
+                    weight.sizes());
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output: got dtype ",
+                   grad_output.scalar_type(), ", wanted ", input.scalar_type());
+  Tensor scaled_weight = weight;
+  if (split.on_weight.defined() && mask[0]) {
+    std::vector<int64_t> per_filter(weight.dim(), 1);
+    per_filter[0] = filters;
+    scaled_weight = (weight * split.on_weight.view(per_filter)).to(weight.scalar_type());
   }
-  const CenteredError error =
-      center_error(grad_output, {}, split.on_error, vector_of(mean_scale, filters, type, "mean_scale"), constant, saved,
-                   parse_activation(activation), slope, format, wanted);
 
   Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
-  if (through_conv) {
-    Tensor scaled_weight = weight;
-    if (split.on_weight.defined() && mask[0]) {
-      std::vector<int64_t> per_filter(weight.dim(), 1);
-      per_filter[0] = filters;
-      scaled_weight = (weight * split.on_weight.view(per_filter)).to(weight.scalar_type());
+  Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
+  CenteredError error;
+  if (through_conv && is_fused_pointwise(input, weight, format, stride, padding, groups, false)) {
+    PointwiseGrads grads = fused_pointwise_backward(grad_output, input, scaled_weight, format, split.on_error, mean_scales,
+                                                    constant, saved, act, slope, mask[0], wants_weight, mask[5]);
+    grad_input = grads.grad_input;
+    grad_weight = grads.grad_weight;
+    error.sums = grads.sums;
+    error.grad_residual = grads.grad_residual;
+  } else {
+    // dz' is the library's to read and no one's to keep.
+    std::optional<Workspace> workspace;
+    if (through_conv) {
+      const Tensor shape = at::empty(grad_output.sizes(), grad_output.options().device(at::kMeta).memory_format(format));
+      workspace.emplace(shape.numel() * shape.element_size());
+      wanted.grad_input_memory =
+          at::from_blob(workspace->data(), shape.sizes(), shape.strides(), grad_output.options());
     }
-    const std::vector<int64_t> no_output_padding(stride.size(), 0);
-    std::tie(grad_input, grad_weight, std::ignore) =
-        at::convolution_backward(error.grad_input, dense(input), scaled_weight, std::nullopt, stride, padding, dilation,
-                                 false, no_output_padding, groups, {mask[0], mask[1] || mask[2], false});
-    if (mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
+    error = center_error(grad_output, {}, split.on_error, mean_scales, constant, saved, act, slope, format, wanted);
+    if (through_conv) {
+      const std::vector<int64_t> no_output_padding(stride.size(), 0);
+      std::tie(grad_input, grad_weight, std::ignore) =
+          at::convolution_backward(error.grad_input, dense(input), scaled_weight, std::nullopt, stride, padding,
+                                   dilation, false, no_output_padding, groups, {mask[0], wants_weight, false});
+    }
   }
-  if (mask[1] || mask[2]) {
+  if (mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
+  if (wants_weight) {
     grad_weight = grad_weight.contiguous(weight.suggest_memory_format());
     grad_gain = finish_weight_grad(grad_weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
                                    mask[2]);

@@ -111,10 +111,48 @@ struct PointwiseForward {
   static constexpr int64_t kPanel = 64;
 };
 
+// The backward pass of the same layer: dz' is computed tile by tile in `scratch` and meets both matrix products there.
+// A task is a slot: a share of all rows (pixels of all samples), with its own part of `scratch` and of `partials`.
+struct PointwiseBackward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  int64_t samples, pixels, channels, filters;
+  int64_t slots;
+  const void* grad_output;
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* input;
+  const void* weight;   // packed by pack_weight with `transposed`, null: no grad_input
+  const void* scale;    // (filters), null for 1
+  const void* removed;  // (samples, filters), null for 0: mean_scale * mean(e)
+  void* grad_input;
+  void* grad_residual;
+  void* scratch;   // slots * scratch_bytes()
+  float* partials;  // (slots, filters, channels), null: no weight gradient
+
+  static constexpr int64_t kRows = 192;
+  int64_t rows() const { return samples * pixels; }
+  // dz' as rows of filters; for bfloat16 also, and the input too, with the pixels in pairs.
+  int64_t scratch_bytes() const { return kRows * (filters + kPanel) * 4 + kRows * channels * 2 + 64; }
+
+  static constexpr int64_t kPanel = PointwiseForward::kPanel;
+};
+
+// grad[i] = sum of the slots' partials, i over filters * channels. Tasks are filters.
+struct AddPartials {
+  Dtype dtype;
+  int64_t slots, filters, channels;
+  const float* partials;
+  void* grad;
+};
+
 // (filters, channels) weights to panels: of kPanel filters, all channels, the filters innermost (for bfloat16 in pairs
-// of channels), zeros behind the last filter. Tasks are panels.
+// of channels), zeros behind the last filter. Transposed: the same with the parts of filters and channels exchanged.
+// Tasks are panels.
 struct PackWeight {
   Dtype dtype;
+  bool transposed;
   int64_t filters, channels;
   const void* weight;
   void* packed;
@@ -141,6 +179,8 @@ struct Kernels {
   void (*pointwise_forward)(const PointwiseForward&, int64_t begin, int64_t end);
   void (*pack_weight)(const PackWeight&, int64_t begin, int64_t end);
   void (*pointwise_mean)(const PointwiseMean&, int64_t begin, int64_t end);
+  void (*pointwise_backward)(const PointwiseBackward&, int64_t begin, int64_t end);
+  void (*add_partials)(const AddPartials&, int64_t begin, int64_t end);
   bool pointwise_bf16;
 };
 

@@ -19,7 +19,8 @@ namespace deepcontrol::cpu::avx2 {
 
 extern const Kernels table;
 const Kernels table{"avx2", center_forward, center_backward, window_mean, finish_weight_grad,
-                    pointwise_forward, pack_weight, pointwise_mean, false};
+                    pointwise_forward, pack_weight, pointwise_mean, pointwise_backward, add_partials,
+                    false};
 }  // namespace deepcontrol::cpu::avx2
 
 #if defined(__clang__)

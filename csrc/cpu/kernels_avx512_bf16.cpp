@@ -20,7 +20,8 @@ namespace deepcontrol::cpu::avx512_bf16 {
 
 extern const Kernels table;
 const Kernels table{"avx512_bf16", center_forward, center_backward, window_mean, finish_weight_grad,
-                    pointwise_forward, pack_weight, pointwise_mean, true};
+                    pointwise_forward, pack_weight, pointwise_mean, pointwise_backward, add_partials,
+                    true};
 }  // namespace deepcontrol::cpu::avx512_bf16
 
 #if defined(__clang__)

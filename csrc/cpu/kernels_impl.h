@@ -114,6 +114,20 @@ DC_INLINE void activate(const V& pre, T* output, T* pre_activation, uint8_t* bit
   }
 }
 
+// The gradient in front of the activation.
+template <class T, Sort sort, class V, class Tail>
+DC_INLINE V error_at(const T* grad_output, const T* pre_activation, const uint8_t* bits,
+                     const PiecewiseLinear<V>& piecewise, Activation activation, Tail tail) {
+  V grad = load(grad_output, tail);
+  if constexpr (sort == Sort::relu || sort == Sort::piecewise) {
+    const auto passes = from_bits<typename Vector<V>::Mask>(read_bits<V>(bits, tail));
+    grad = sort == Sort::relu ? (passes ? grad : V{}) : piecewise.backward(grad, passes);
+  } else if constexpr (sort == Sort::smooth) {
+    grad *= smooth_derivative(load(pre_activation, tail), activation);
+  }
+  return grad;
+}
+
 // One task's part of a tensor: `rows` rows of `length` elements, `stride` apart.
 struct Slab {
   int64_t sample, channel;  // the first
@@ -232,24 +246,18 @@ template <class T, bool channels_innermost, Sort sort>
 void center_backward_task(const CenterBackward& p, int64_t task) {
   using V = VectorOf<T>;
   using A = ScalarOf<T>;
-  using Mask = typename Vector<V>::Mask;
   const Slab slab(p.layout, task);
   const T* grad_output = offset<T>(p.grad_output, slab.first);
   const T* input = offset<T>(p.input, slab.first);
   const T* pre_activation = offset<T>(p.pre_activation, slab.first);
-  const uint8_t* bits = p.bits ? p.bits + slab.bits : nullptr;
+  const uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
   const int64_t vector = slab.sample * p.layout.channels + slab.channel;
 
   auto error = [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
-    V grad = load(grad_output + row * slab.stride + i, tail);
-    if constexpr (sort == Sort::relu || sort == Sort::piecewise) {
-      const Mask passes = from_bits<Mask>(read_bits<V>(bits + row * slab.bits_row + i / 8, tail));
-      grad = sort == Sort::relu ? (passes ? grad : V{}) : piecewise.backward(grad, passes);
-    } else if constexpr (sort == Sort::smooth) {
-      grad *= smooth_derivative(load(pre_activation + row * slab.stride + i, tail), p.activation);
-    }
-    return grad;
+    const int64_t at = row * slab.stride + i;
+    return error_at<T, sort>(grad_output + at, offset<T>(pre_activation, at),
+                             offset<uint8_t>(bits, row * slab.bits_row + i / 8), piecewise, p.activation, tail);
   };
 
   alignas(64) A sums[kMostChannels];

@@ -8,5 +8,6 @@ namespace deepcontrol::cpu::portable {
 #include "kernels_impl.h"
 
 extern const Kernels table;
-const Kernels table{"portable", center_forward, center_backward, window_mean, finish_weight_grad, nullptr, nullptr, nullptr, false};
+const Kernels table{"portable", center_forward, center_backward, window_mean, finish_weight_grad, nullptr, nullptr, nullptr, nullptr,
+                    nullptr, false};
 }  // namespace deepcontrol::cpu::portable

@@ -1,9 +1,9 @@
 // The fused convolution by one tap: packing, map means from the input's means, one pass for everything else.
 
 #include "common.h"
+#include "workspace.h"
 
-#include <ATen/ops/mul.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_like.h>
 
 namespace deepcontrol::cpu {
 
@@ -17,7 +17,8 @@ bool is_fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFor
   if (channels == 1 || weight.size(0) == 1 || weight.size(1) != channels) return false;
   if (centred && channels > weight.size(0)) return false;
   if (input.scalar_type() == at::kFloat) return true;
-  return input.scalar_type() == at::kBFloat16 && kernels().pointwise_bf16 && channels % 2 == 0;
+  // bfloat16 is multiplied in pairs of channels forward and of filters backward.
+  return input.scalar_type() == at::kBFloat16 && kernels().pointwise_bf16 && channels % 2 == 0 && weight.size(0) % 2 == 0;
 }
 
 // map_mean, (N, O), from the sums of the input over its maps.
@@ -39,17 +40,20 @@ static Tensor mean_of_product(const Tensor& x, const Tensor& weight, at::MemoryF
   return map_mean;
 }
 
-static Tensor pack(const Tensor& weight) {
+// The panels run over filters, transposed over channels.
+static Tensor pack(const Tensor& weight, bool transposed) {
   PackWeight p{};
   p.dtype = dtype_of(weight);
+  p.transposed = transposed;
   p.filters = weight.size(0);
   p.channels = weight.size(1);
-  const int64_t panels = (p.filters + PointwiseForward::kPanel - 1) / PointwiseForward::kPanel;
-  const Tensor packed = at::empty({panels * PointwiseForward::kPanel * p.channels}, weight.options().memory_format(std::nullopt));
+  constexpr int64_t kPanel = PointwiseForward::kPanel;
+  const int64_t inner = transposed ? p.filters : p.channels;
+  const int64_t panels = ((transposed ? p.channels : p.filters) + kPanel - 1) / kPanel;
+  const Tensor packed = at::empty({panels * kPanel * inner}, weight.options().memory_format(std::nullopt));
   p.weight = data(weight);
   p.packed = mutable_data(packed);
-  for_tasks(panels, PointwiseForward::kPanel * p.channels,
-            [&](int64_t begin, int64_t end) { kernels().pack_weight(p, begin, end); });
+  for_tasks(panels, kPanel * inner, [&](int64_t begin, int64_t end) { kernels().pack_weight(p, begin, end); });
   return packed;
 }
 
@@ -83,7 +87,7 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
     result.centred.map_mean = at::empty({0}, vectors);
     if (bias.defined()) shift = bias.expand({p.samples, p.filters}).contiguous();
   }
-  const Tensor packed = pack(w);
+  const Tensor packed = pack(w, false);
   const Tensor dense_residual = residual_of(residual, result.output, format);
 
   // A task's rows of the input should stay in the second-level cache while panel after panel of filters passes; where
@@ -102,6 +106,55 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
   if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.centred.saved);
   for_tasks(p.tasks(), p.rows * p.panels * PointwiseForward::kPanel * p.channels,
             [&](int64_t begin, int64_t end) { kernels().pointwise_forward(p, begin, end); });
+  return result;
+}
+
+PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                        at::MemoryFormat format, const Tensor& scale, const Tensor& mean_scale,
+                                        double constant, const Tensor& saved, Activation activation, double slope,
+                                        bool wants_input, bool wants_weight, bool wants_residual) {
+  const Tensor grad = grad_output.contiguous(format), x = input.contiguous(format), w = weight.contiguous();
+  PointwiseGrads result;
+  // One read of grad_output for the sums, a second for everything else.
+  result.sums =
+      center_error(grad, {}, {}, {}, 0.0, saved, activation, slope, format, {false, false, true, false}).sums;
+  PointwiseBackward p{};
+  p.dtype = dtype_of(x);
+  p.activation = activation;
+  p.slope = slope;
+  p.samples = x.size(0);
+  p.pixels = pixels_of(x);
+  p.channels = x.size(1);
+  p.filters = w.size(0);
+  Tensor removed;
+  if (mean_scale.defined() || constant != 0.0) {
+    removed = mean_scale.defined() ? result.sums * mean_scale : result.sums * constant;
+    removed.div_(p.pixels);
+  }
+  if (wants_input) result.grad_input = at::empty_like(x);
+  if (wants_weight) result.grad_weight = at::empty_like(w);
+  if (wants_residual) result.grad_residual = at::empty_like(grad);
+  const Tensor packed = wants_input ? pack(w, true) : Tensor();
+
+  p.slots = std::clamp<int64_t>(p.rows() / PointwiseBackward::kRows, 1, at::get_num_threads());
+  const int64_t partial_bytes = wants_weight ? p.slots * w.numel() * int64_t(sizeof(float)) : 0;
+  const Workspace workspace(partial_bytes + p.slots * p.scratch_bytes());
+  p.grad_output = data(grad);
+  if (is_piecewise(activation)) p.bits = saved.const_data_ptr<uint8_t>();
+  if (is_smooth(activation)) p.pre_activation = data(saved);
+  p.input = data(x);
+  p.weight = data(packed);
+  p.scale = data(scale);
+  p.removed = data(removed);
+  p.grad_input = mutable_data(result.grad_input);
+  p.grad_residual = mutable_data(result.grad_residual);
+  p.partials = wants_weight ? static_cast<float*>(workspace.data()) : nullptr;
+  p.scratch = static_cast<char*>(workspace.data()) + partial_bytes;
+  at::parallel_for(0, p.slots, 1, [&](int64_t begin, int64_t end) { kernels().pointwise_backward(p, begin, end); });
+  if (wants_weight) {
+    AddPartials add{p.dtype, p.slots, p.filters, p.channels, p.partials, mutable_data(result.grad_weight)};
+    for_tasks(p.filters, p.slots * p.channels, [&](int64_t begin, int64_t end) { kernels().add_partials(add, begin, end); });
+  }
   return result;
 }
 

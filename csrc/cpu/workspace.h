@@ -1,0 +1,48 @@
+// Memory that lives only inside one call, kept for the next: memory fresh from the system faults in page by page, which
+// measured longer than the pass that fills it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <mutex>
+#include <utility>
+
+namespace deepcontrol::cpu {
+
+// One buffer a process is kept, the largest asked for yet. Needs above kMost, and calls at the same time from other
+// threads, allocate as usual.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    {
+      std::lock_guard lock(mutex());
+      std::swap(memory_, kept());
+    }
+    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
+  }
+  ~Workspace() {
+    if (memory_.numel() > kMost) return;
+    std::lock_guard lock(mutex());
+    if (!kept().defined() || kept().numel() < memory_.numel()) std::swap(memory_, kept());
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return memory_.mutable_data_ptr(); }
+
+ private:
+  static constexpr int64_t kMost = int64_t(1) << 28;
+  // Never destroyed: the allocator may be gone first when the process ends.
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static at::Tensor& kept() {
+    static auto* kept = new at::Tensor;
+    return *kept;
+  }
+  at::Tensor memory_;
+};
+
+}  // namespace deepcontrol::cpu
