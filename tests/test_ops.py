@@ -126,6 +126,49 @@ def test_conv_center(backend, dtype, channels_last, rank, activation, poisoned_m
         compare(positional, tensors, dtype, channels_last, seed, activation=activation, projection=0.9, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+@pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
+def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, poisoned_memory):
+    """Kernels of their own on the CPU: tails of every panel, row tile and slot, more rows than one slot holds."""
+    cases = ((8, 8, 3, 3), (64, 64, 5, 7), (66, 130, 15, 14), (2, 200, 4, 1), (130, 36, 4, 5), (34, 70, 1, 1))
+    for channels, filters, height, width in cases:
+        if height * width == 1 and mean_scale is None:
+            continue  # the output is the bias there: test_one_pixel_gives_the_bias
+        x, w = small_integers(2, channels, height, width), small_integers(filters, channels, 1, 1, bound=1)
+        gain = torch.rand(filters) + 0.5
+        gain[0], gain[1], gain[2] = 0, 1e-5, -0.7
+        residual = small_integers(2, filters, height, width) if activation in ("relu", "gelu") else None
+        tensors = [x, w, gain, None, torch.randn(filters), residual]
+        seed = torch.randn(2, filters, height, width).to(dtype).double()
+
+        def function(x, w, gain, _, bias, residual, **arguments):
+            return dc.functional.deep_control_conv2d(x, w, gain, mean_scale, bias, residual=residual, **arguments)
+
+        compare(function, tensors, dtype, True, seed, activation=activation, backend=backend)
+
+
+def test_one_pixel_gives_the_bias(backend):
+    """Up to the rounding of what cancels: the map mean and the pixel are computed apart, from the same products."""
+    x = small_integers(3, 34, 1, 1).float()
+    w, bias = small_integers(70, 34, 1, 1).float(), torch.randn(70)
+    got = dc.functional.deep_control_conv2d(x, w, None, None, bias, backend=backend)
+    cancelled = torch.nn.functional.conv2d(x, w).abs().max().item()
+    assert (got - bias.view(1, 70, 1, 1)).abs().max() <= 2 * torch.finfo(torch.float32).eps * cancelled
+
+
+@pytest.mark.parametrize(("kernel", "fused"), [(1, True), (3, False)])
+def test_one_tap_needs_no_library_convolution(kernel, fused):
+    if dc._ops.extension.info()["isa"] == "portable":
+        pytest.skip("the portable kernels have no matrix product")
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(32, 16, kernel, kernel, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        dc.functional.deep_control_conv2d(x, w, activation="relu").sum().backward()
+    names = {event.name for event in profile.events()}
+    assert names.isdisjoint({"aten::convolution", "aten::convolution_backward"}) == fused
+
+
 @dtypes
 @layouts
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=("1d", "2d", "3d"))
@@ -353,7 +396,7 @@ def test_other_instruction_sets(isa):
     if "this processor can run" in probe.stderr + probe.stdout:
         pytest.skip(f"this processor cannot run {isa}")
     assert f"{isa} kernels" in probe.stdout
-    chosen = "test_center or test_conv_center or test_window_mean or test_nan or test_sums or test_bits or test_project"
+    chosen = "center or one_tap or window_mean or nan or sums or bits or project"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env=environment, capture_output=True, text=True,

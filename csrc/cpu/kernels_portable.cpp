@@ -2,6 +2,11 @@
 
 #include "kernels_headers.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Hardly any x86 processor comes here, and optimising vectors wider than its registers takes GCC minutes.
+#pragma GCC optimize("O1")
+#endif
+
 namespace deepcontrol::cpu::portable {
 #include "simd.h"
 
