@@ -200,7 +200,8 @@ means, none, everything = torch.randn(2, 8), torch.empty(0), [True] * 6
 byte = torch.zeros(1, dtype=torch.uint8)
 # One tap in channels_last is the way through the fused kernels.
 cl = torch.channels_last
-x1, w1, g1 = torch.randn(2, 64, 5, 5).to(memory_format=cl), torch.randn(64, 64, 1, 1), torch.randn(2, 64, 5, 5).to(memory_format=cl)
+x1, g1 = (torch.randn(2, 64, 5, 5).to(memory_format=cl) for _ in range(2))
+w1 = torch.randn(64, 64, 1, 1)
 means1, bits1 = torch.randn(2, 64), torch.zeros(2, 25, 8, dtype=torch.uint8)
 
 def center(input=x, gain=None, mean_scale=None, bias=None, residual=None, activation="identity"):
@@ -209,19 +210,21 @@ def center(input=x, gain=None, mean_scale=None, bias=None, residual=None, activa
 def center_backward(grad=x, input=x, gain=None, map_mean=means[:, :4], saved=none, activation="identity"):
     return ops.center_backward(grad, input, gain, None, 1.0, map_mean, saved, activation, 0.0, everything[:5])
 
-def conv(input=x, weight=w, gain=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, act="relu"):
-    return ops.conv_center(input, weight, gain, None, 1.0, None, residual, stride, padding, dilation, groups, act, 0.0, True)
+def conv(input=x, weight=w, gain=None, residual=None, stride=(1, 1), groups=1):
+    geometry = (stride, (0, 0), (1, 1), groups)
+    return ops.conv_center(input, weight, gain, None, 1.0, None, residual, *geometry, "relu", 0.0, True)
 
-def conv_backward(grad=g, input=x, weight=w, gain=None, map_mean=means, saved=none, stride=(1, 1), act="identity",
-                  mask=everything):
-    return ops.conv_center_backward(grad, input, weight, gain, None, 1.0, map_mean, saved, stride, (0, 0), (1, 1), 1, act,
-                                    0.0, 0.0, mask)
+def conv_backward(grad=g, input=x, weight=w, gain=None, map_mean=means, saved=none, act="identity", mask=everything):
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    return ops.conv_center_backward(
+        grad, input, weight, gain, None, 1.0, map_mean, saved, *geometry, act, 0.0, 0.0, mask
+    )
 
 def one_tap(input=x1, weight=w1):
     return conv(input, weight)
 
 def one_tap_backward(grad=g1, input=x1, weight=w1, gain=torch.ones(64), map_mean=means1, saved=none, act="identity"):
-    return conv_backward(grad, input, weight, gain, map_mean, saved, act=act)
+    return conv_backward(grad, input, weight, gain, map_mean, saved, act)
 
 def window_mean(input=x, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)):
     return ops.window_mean(input, kernel, stride, padding, dilation)

@@ -1,0 +1,470 @@
+"""Derivatives to the second order, and what wraps around autograd: compile, autocast, no_grad, what is kept."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import memory_format
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import deepcontrol_cuda as dc
+from deepcontrol_cuda import activations
+
+ops = torch.ops.deepcontrol
+F = dc.functional
+CONVS = {1: F.deep_control_conv1d, 2: F.deep_control_conv2d, 3: F.deep_control_conv3d}
+MAPS = {1: (5,), 2: (3, 4), 3: (3, 2, 3)}
+NAMES = ("input", "weight", "gain", "mean_scale", "bias", "residual")
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+every_activation = pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+
+
+def leaf(*shape: int, dtype=torch.float64, channels_last=False) -> torch.Tensor:
+    tensor = torch.randn(shape, dtype=dtype)
+    return tensor.contiguous(memory_format=memory_format(tensor, channels_last)).requires_grad_()
+
+
+def operands(vector=4, rank=2, groups=1, **options) -> dict[str, torch.Tensor]:
+    """Leaves for a convolution of 2 (or for two groups 4) channels to 4 maps of the input's size."""
+    return {
+        "input": leaf(2, 2 * groups, *MAPS[rank], **options),
+        "weight": leaf(4, 2, *(3,) * rank, **options),
+        **{name: leaf(vector, **options) for name in ("gain", "mean_scale", "bias")},
+        "residual": leaf(2, 4, *MAPS[rank], **options),
+    }
+
+
+def conv(rank=2, groups=1, **arguments):
+    """The convolution as a function of its six operands in order."""
+
+    def call(input, weight, gain, mean_scale, bias, residual):
+        arguments.setdefault("negative_slope", 0.1)
+        return CONVS[rank](input, weight, gain, mean_scale, bias, 1, 1, 1, groups, residual=residual, **arguments)
+
+    return call
+
+
+def center(**arguments):
+    def call(input, gain, mean_scale, bias, residual):
+        return F.deep_control(input, gain, mean_scale, bias, residual=residual, negative_slope=0.1, **arguments)
+
+    return call
+
+
+def check_both(function, leaves):
+    """Along random directions; entry by entry it would take minutes."""
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@every_activation
+@layouts
+def test_derivatives_of_the_convolution(backend, activation, channels_last):
+    leaves = operands(channels_last=channels_last)
+    check_both(conv(activation=activation, backend=backend), tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("rank", [1, 3], ids=("1d", "3d"))
+def test_derivatives_of_the_other_ranks(backend, rank):
+    check_both(conv(rank, activation="silu", backend=backend), tuple(operands(rank=rank).values()))
+
+
+def test_derivatives_with_groups_and_single_vectors(backend):
+    leaves = operands(vector=1, groups=2)
+    check_both(conv(groups=2, activation="relu", backend=backend), tuple(leaves.values()))
+
+
+@layouts
+def test_derivatives_of_a_kernel_of_one_tap(backend, channels_last):
+    """One tap takes a way of its own; it has float32 only, so here against the reference."""
+    leaves = [leaf(2, 8, 3, 4, channels_last=channels_last), leaf(16, 8, 1, 1), *(leaf(16) for _ in range(3))]
+    seed = torch.randn(2, 16, 3, 4)
+    results = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        y = F.deep_control_conv2d(*inputs, activation="gelu", backend=name)
+        first = torch.autograd.grad(y, inputs, seed.to(dtype), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        results.append([y, *first, *second])
+    for wanted, got in zip(*results):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+@every_activation
+@layouts
+def test_derivatives_of_center(backend, activation, channels_last):
+    leaves = (leaf(2, 3, 3, 2, channels_last=channels_last), leaf(3), leaf(1), leaf(3), leaf(2, 3, 3, 2))
+    check_both(center(activation=activation, backend=backend), leaves)
+
+
+@pytest.mark.parametrize("mean_scale", [None, 0.0, 0.7], ids=str)
+def test_derivatives_with_a_constant_mean_scale(backend, mean_scale):
+    leaves = operands()
+    chosen = [leaves[name] for name in ("input", "weight", "gain", "bias")]
+
+    def call(input, weight, gain, bias):
+        return conv(activation="relu", backend=backend)(input, weight, gain, mean_scale, bias, None)
+
+    check_both(call, chosen)
+
+    def without_conv(input, gain):
+        return center(activation="silu", backend=backend)(input, gain, mean_scale, None, None)
+
+    check_both(without_conv, (leaf(2, 3, 3, 2), leaf(3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("op", ["conv", "center"])
+def test_one_operand_alone_requires_grad(backend, op, name):
+    """The gradient is what it is with all, and the others get none."""
+    call = conv if op == "conv" else center
+    leaves = operands()
+    if op == "center":
+        if name == "weight":
+            pytest.skip("center has no weight")
+        del leaves["weight"]
+        leaves["input"] = leaf(2, 4, *MAPS[2])
+    seed = torch.randn(2, 4, *MAPS[2], dtype=torch.float64)
+    y = call(activation="silu", backend=backend)(*leaves.values())
+    wanted = dict(zip(leaves, torch.autograd.grad(y, leaves.values(), seed)))[name]
+    alone = {n: t.detach().requires_grad_(n == name) for n, t in leaves.items()}
+    call(activation="silu", backend=backend)(*alone.values()).backward(seed)
+    torch.testing.assert_close(alone[name].grad, wanted, rtol=1e-12, atol=1e-12)
+    assert all(t.grad is None for n, t in alone.items() if n != name)
+
+
+def test_double_backward_projects(backend):
+    """The first derivative is projected on purpose, so finite differences say nothing: the reference decides."""
+    leaves = list(operands().values())
+    results = []
+    for name in ("reference", backend):
+        y = conv(activation="silu", projection=0.9, backend=name)(*leaves)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)])
+    for wanted, got in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+GEOMETRY = ([2, 1], [1, 1], [1, 1], 1)
+
+
+def op_calls(channels_last):
+    """Every op of the library with arguments, by name."""
+
+    def dense(*shape):
+        tensor = torch.randn(shape)
+        return tensor.contiguous(memory_format=memory_format(tensor, channels_last))
+
+    x, w, vector = dense(2, 9, 5, 6), dense(10, 9, 3, 3), torch.rand(10) + 0.5
+    residual = dense(2, 10, 3, 6)
+    one = torch.rand(1)
+    for activation in ("identity", "relu", "gelu"):
+        arguments = (x, torch.rand(9), None, 1.0, None, dense(2, 9, 5, 6), activation, 0.1, True)
+        _, mean, saved = ops.center(*arguments)
+        yield ops.center, arguments
+        yield (
+            ops.center_backward,
+            (dense(*x.shape), x, torch.rand(9), None, 1.0, mean, saved, activation, 0.1, [True] * 5),
+        )
+        arguments = (x, w, vector, one, 1.0, vector, residual, *GEOMETRY, activation, 0.1, True)
+        output, mean, saved = ops.conv_center(*arguments)
+        yield ops.conv_center, arguments
+        for mask in ([True] * 6, [False, True, False, False, True, False]):
+            backward = (
+                torch.randn_like(output),
+                x,
+                w,
+                vector,
+                one,
+                1.0,
+                mean,
+                saved,
+                *GEOMETRY,
+                activation,
+                0.1,
+                0.9,
+                mask,
+            )
+            yield ops.conv_center_backward, backward
+    tap = dense(16, 9, 1, 1)
+    yield ops.conv_center, (x, tap, None, None, 0.0, None, None, [1, 1], [0, 0], [1, 1], 1, "relu", 0.0, False)
+    yield ops.window_mean, (x, [3, 2], [2, 1], [1, 0], [1, 1])
+    yield ops.project_kernel_gradients_, ([dense(4, 3, 3, 3), torch.randn(2, 2, 5)], 0.9)
+    yield ops.finish_weight_grad_, (w.clone(), w, vector, None, 0.9)
+
+
+@layouts
+def test_opcheck(backend, channels_last):
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    seen = set()
+    for op, arguments in op_calls(channels_last):
+        seen.add(str(op.default).split(".")[1])
+        torch.library.opcheck(op.default, arguments, test_utils=checks)
+    assert seen == {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("deepcontrol::")
+    }
+
+
+class Net(nn.Module):
+    """The layers in the ways they are used: strided, by one tap, with a residual, and behind another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = dc.DeepControlConv2d(3, 16, 3, 2, 1, activation="relu", projection=0.9)
+        self.second = dc.DeepControlConv2d(16, 16, 1, mean_scale=0.5, activation="silu")
+        self.block = dc.DeepControlConv2d(16, 16, 3, padding=1, activation="relu")
+        self.third = nn.Conv2d(16, 8, 3)
+        self.norm = dc.DeepControl2d(8, activation="leaky_relu")
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.norm(self.third(self.block(self.second(x), x)))
+
+
+@pytest.fixture
+def net():
+    net = Net()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + 0.5)
+    return net
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    yield
+    torch.compiler.reset()
+
+
+def results_of(net, call, x, dtype=None):
+    """Output and gradients of ``call``, under CPU autocast to ``dtype`` if one is given."""
+    x = x.detach().requires_grad_()
+    net.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        y = call(x)
+    y.float().square().mean().backward()
+    return {"output": y.detach(), "input": x.grad, **{name: p.grad for name, p in net.named_parameters()}}
+
+
+def assert_same(got, wanted, tolerance):
+    for name, value in wanted.items():
+        assert got[name].dtype == value.dtype, name
+        assert got[name].stride() == value.stride(), name
+        error = (got[name] - value).norm() / value.norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@layouts
+def test_compiled_net_equals_eager(backend, net, channels_last):
+    net = net.to(memory_format=torch.channels_last) if channels_last else net
+    compiled = torch.compile(net, fullgraph=True, dynamic=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        x = x.contiguous(memory_format=memory_format(x, channels_last))
+        assert_same(results_of(net, compiled, x), results_of(net, net, x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer", [dc.DeepControlConv2d(4, 4, 3, padding=1), dc.DeepControl2d(4)], ids=("conv", "center")
+)
+def test_compiled_layer_whose_residual_is_its_input(backend, layer):
+    """The shortest residual block."""
+    x = torch.randn(2, 4, 5, 5)
+
+    def block(x):
+        return layer(x, x)
+
+    compiled = torch.compile(block, fullgraph=True)
+    assert_same(results_of(layer, compiled, x), results_of(layer, block, x), 1e-5)
+
+
+def test_compiled_net_under_autocast(backend, net):
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(net, fullgraph=True)
+    got = results_of(net, compiled, x, torch.bfloat16)
+    assert got["output"].dtype == torch.bfloat16
+    # Inductor keeps some intermediates in float32, so both are compared to float32.
+    exact = results_of(net, net, x)
+    eager = results_of(net, net, x, torch.bfloat16)
+    for name, value in exact.items():
+        budget = 2 * (eager[name].float() - value).norm() + 2**-8 * value.norm()
+        assert (got[name].float() - value).norm() <= budget, name
+
+
+def test_compiled_function_is_one_graph_in_float64_with_a_dynamic_batch(backend):
+    """``torch.compile`` of the bare function: static first, then recompiled once for any batch."""
+    leaves = operands()
+    call = conv(activation="relu6", projection=0.5, backend=backend)
+    compiled = torch.compile(call, fullgraph=True)
+    for batch in (2, 3, 4):
+        inputs = [
+            torch.randn(batch, *t.shape[1:]).double() if t.dim() == 4 and t.shape[0] == 2 else t
+            for t in leaves.values()
+        ]
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        outputs = [f(*inputs) for f in (call, compiled)]
+        seed = torch.randn_like(outputs[0])
+        wanted, got = ([y, *torch.autograd.grad(y, inputs, seed)] for y in outputs)
+        for a, b in zip(wanted, got):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", dc.backends.BACKENDS)
+def test_autocast(net, name):
+    x = torch.randn(2, 3, 8, 8)
+    with dc.backends.use(name):
+        low, high = results_of(net, net, x, torch.bfloat16), results_of(net, net, x)
+    assert low["output"].dtype == torch.bfloat16
+    for key in high.keys() - {"output"}:
+        assert low[key].dtype == torch.float32, key
+    assert_same({key: value.float() for key, value in low.items()}, high, 0.1)
+
+
+@pytest.mark.parametrize("name", dc.backends.BACKENDS)
+def test_autocast_leaves_vectors_and_float64_alone(monkeypatch, name):
+    leaves = operands(dtype=torch.float32)
+    seen = []
+    entry = (F.reference, "deep_control_conv") if name == "reference" else (F.autograd, "conv_center")
+    original = getattr(*entry)
+    monkeypatch.setattr(*entry, lambda *a, **k: seen.append(a) or original(*a, **k))
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(backend=name)(*leaves.values())
+    assert [t.dtype for t in seen[0][:5]] == [torch.bfloat16] * 2 + [torch.float32] * 3
+
+    doubles = list(operands().values())
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = conv(backend=name)(*doubles)
+    assert torch.equal(under_autocast, conv(backend=name)(*doubles))
+
+
+@pytest.mark.parametrize("name", dc.backends.BACKENDS)
+def test_autocast_casts_the_residual(name):
+    """A float32 skip connection beside a bfloat16 layer, and the other way round."""
+    wide, narrow = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 4).bfloat16()
+    weight = torch.randn(4, 4, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.deep_control(narrow, residual=wide, backend=name).dtype == torch.bfloat16
+        assert F.deep_control(wide, residual=narrow, backend=name).dtype == torch.float32
+        assert F.deep_control_conv2d(narrow, weight, residual=wide, backend=name).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_autocast_of_another_device_does_not_touch_cpu_tensors(backend):
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        y = F.deep_control_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), backend=backend)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_nothing_is_kept(backend, monkeypatch, mode):
+    leaves = list(operands(dtype=torch.float32).values())
+    x = leaf(2, 4, 3, 4, dtype=torch.float32)
+    flags = []
+    for name, op in (("_center", ops.center.default), ("_conv_center", ops.conv_center.default)):
+        monkeypatch.setattr(F.autograd, name, lambda *a, op=op: flags.append(a[-1]) or op(*a))
+    calls = (lambda: conv(activation="gelu", backend=backend)(*leaves), lambda: F.deep_control(x, activation="relu"))
+    for call in calls:
+        wanted = call()
+        with mode():
+            got = call()
+        assert torch.equal(got, wanted)
+        assert not got.requires_grad
+    assert flags == [True, False, True, False], "whether backward's share is computed"
+
+
+class Saved:
+    """Counts the bytes that autograd keeps, each storage once, without parameters."""
+
+    def __init__(self, net):
+        self.parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        self.sizes: dict[int, int] = {}
+        self.kept = []
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.parameters:
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+            self.kept.append(storage)  # an address is not used again while its storage lives
+        return tensor
+
+    def bytes_of(self, net, x):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t):
+            y = net(x)
+        self.sizes.pop(y.untyped_storage().data_ptr(), None)
+        return sum(self.sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+@layouts
+def test_bytes_kept_for_backward(backend, dtype, channels_last):
+    """Three layers behind a picture keep at most half of what conv + BN + ReLU keeps, the last output aside."""
+    widths = (3, 32, 32, 32)
+    ours, batch_norm = [], []
+    for channels, filters in pairwise(widths):
+        ours.append(dc.DeepControlConv2d(channels, filters, 3, padding=1, activation="relu", backend=backend))
+        batch_norm += [nn.Conv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+    x = torch.randn(4, 3, 16, 16, dtype=dtype)
+    x = x.contiguous(memory_format=memory_format(x, channels_last))
+    sizes = []
+    for layers in (ours, batch_norm):
+        net = nn.Sequential(*layers).to(dtype)
+        sizes.append(Saved(net).bytes_of(net, x))
+    assert sizes[0] <= 0.5 * sizes[1]
+    # Nothing but each layer's input, one bit an output and the map means in float32.
+    pixels = 4 * 16 * 16
+    assert sizes[0] == pixels * sum(widths[:-1]) * dtype.itemsize + pixels * sum(widths[1:]) // 8 + 4 * 4 * sum(
+        widths[1:]
+    )
+
+
+@every_activation
+def test_backward_after_the_output_was_changed_in_place(backend, activation):
+    for call, names in ((conv, NAMES), (center, NAMES[:1] + NAMES[2:])):
+        leaves = operands()
+        if call is center:
+            leaves["input"] = leaf(2, 4, *MAPS[2])
+        inputs = [leaves[name] for name in names]
+        y = call(activation=activation, backend=backend)(*inputs)
+        wanted = torch.autograd.grad((2 * y).sum(), inputs)
+        y = call(activation=activation, backend=backend)(*inputs)
+        y.mul_(2)
+        for a, b in zip(wanted, torch.autograd.grad(y.sum(), inputs)):
+            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_twice_through_a_retained_graph(backend):
+    leaves = list(operands().values())
+    y = conv(activation="relu", projection=0.9, backend=backend)(*leaves)
+    first, second = (torch.autograd.grad(y.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_an_input_changed_in_place_is_noticed(backend):
+    """The input is kept for the weight's gradient, so autograd must refuse a graph whose input changed."""
+    leaves = operands()
+    x = leaves.pop("input").clone()
+    y = conv(backend=backend)(x, *leaves.values())
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_of_a_loss_that_mixes_orders(backend):
+    """A gradient penalty: the first derivative is both a result and part of the loss, as in training."""
+    leaves = list(operands().values())
+    results = []
+    for name in ("reference", backend):
+        inputs = [t.detach().clone().requires_grad_() for t in leaves]
+        y = conv(activation="leaky_relu", backend=name)(*inputs)
+        (grad,) = torch.autograd.grad(y.square().sum(), inputs[:1], create_graph=True)
+        (y.sum() + grad.square().sum()).backward()
+        results.append([t.grad for t in inputs])
+    for wanted, got in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
