@@ -209,19 +209,22 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
     const int64_t steps = (count + elements - 1) / elements;
     auto product = [&](int64_t c, auto vectors, auto tail) DC_LAMBDA {
       each_rows(0, p.filters, [&](auto rows, int64_t o) DC_LAMBDA {
-        f32v sums[rows.value][vectors.value];
-        float* at = partial + o * p.channels + c;
-        auto each = [&](auto&& body) DC_LAMBDA {
-#pragma GCC unroll 8
-          for (int r = 0; r < rows.value; ++r) {
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors.value - 1; ++v) body(r, v, Whole{});
-            body(r, vectors.value - 1, tail);
-          }
-        };
-        each([&](int r, int v, auto t) DC_LAMBDA { sums[r][v] = load(at + r * p.channels + v * DC_LANES, t); });
+        // Summed apart and then added, so that the rounding error grows with the rows of a tile plus the number of tiles.
+        f32v sums[rows.value][vectors.value] = {};
         accumulate<T>(sums, steps, left + o, 1, p.filters, right + c, p.channels, tail);
-        each([&](int r, int v, auto t) DC_LAMBDA { store(at + r * p.channels + v * DC_LANES, sums[r][v], t); });
+        float* at = partial + o * p.channels + c;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows.value; ++r) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors.value; ++v) {
+            float* to = at + r * p.channels + v * DC_LANES;
+            if (v + 1 < vectors.value) {
+              store(to, load(to, Whole{}) + sums[r][v], Whole{});
+            } else {
+              store(to, load(to, tail) + sums[r][v], tail);
+            }
+          }
+        }
       });
     };
     int64_t c = 0;
