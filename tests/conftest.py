@@ -48,10 +48,12 @@ def assert_within_budget(got, oracle, low, dtype, magnitude=None, what=""):
     ``magnitude``: the largest result, or more where the result is a sum of terms that cancel. In float64 the reference
     is the oracle itself, so there the band must hold the rounding of both: eight units.
     """
-    assert got.shape == oracle.shape and got.dtype == low.dtype, what
+    assert got.shape == oracle.shape, what
+    assert got.dtype == low.dtype, what
     if oracle.numel() == 0:
         return
-    assert torch.isfinite(got).all() and torch.isfinite(oracle).all(), f"{what}: not finite"
+    assert torch.isfinite(oracle).all(), f"{what}: the oracle is not finite"
+    assert torch.isfinite(got).all(), f"{what}: not finite"
     error = (got.double() - oracle).abs().max().item()
     reference_error = (low.double() - oracle).abs().max().item()
     band = torch.finfo(dtype).eps * max(oracle.abs().max().item(), magnitude or 0.0)

@@ -390,7 +390,7 @@ def test_other_instruction_sets(isa):
     """The op tests once more with the kernels that this machine would not choose."""
     environment = {**os.environ, "DEEPCONTROL_ISA": isa}
     probe = subprocess.run(
-        [sys.executable, "-c", "import deepcontrol_cuda as dc; print(dc.backends.explain(__import__('torch').ones(1)))"],
+        [sys.executable, "-c", "import torch, deepcontrol_cuda as dc; print(dc.backends.explain(torch.ones(1)))"],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if "this processor can run" in probe.stderr + probe.stdout:
