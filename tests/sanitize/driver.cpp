@@ -513,7 +513,8 @@ static void all_cases() {
     if (dtype != Dtype::f32 && !(dtype == Dtype::bf16 && kernels().pointwise_bf16)) continue;
     current = std::string(dtype_names[d]) + " pointwise";
     const int64_t odd = dtype == Dtype::f32;  // bfloat16 is multiplied in pairs
-    const std::pair<int64_t, int64_t> sizes[] = {{2 - odd, 6 + odd}, {16 + odd, 32 + odd}, {70 + odd, 130 + odd}, {130, 64}};
+    const std::pair<int64_t, int64_t> sizes[] = {
+        {2 - odd, 6 + odd}, {16 + odd, 32 + odd}, {70 + odd, 130 + odd}, {130, 64}};
     for (const auto& [channels, filters] : sizes) {
       for (const int64_t pixels : {1, 49}) {
         pointwise_mean(dtype, channels, filters, options % 2);
