@@ -44,9 +44,19 @@ def _load():
 extension, unavailable = _load()
 
 
-def channels_innermost(shape: torch.Size, memory_format: torch.memory_format) -> bool:
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format of a tensor, by the rule of ``format_of`` in ``csrc/cpu/common.h``."""
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return suggest_memory_format(tensor)
+
+
+def channels_innermost(shape: torch.Size, format: torch.memory_format) -> bool:
     """Whether the kernels see a dense (N, C, *spatial) tensor as rows of channels rather than as rows of pixels."""
-    return shape[2:].numel() == 1 or (shape[1] > 1 and memory_format is not torch.contiguous_format)
+    return shape[2:].numel() == 1 or (shape[1] > 1 and format is not torch.contiguous_format)
 
 
 def bits_shape(shape: torch.Size, channels_are_innermost: bool) -> tuple[int, int, int]:
@@ -71,17 +81,17 @@ def unpack_bits(bits: Tensor, shape: torch.Size, channels_are_innermost: bool) -
 def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's output."""
     for tensor in (input, weight):
-        if (memory_format := suggest_memory_format(tensor)) is not torch.contiguous_format:
-            return memory_format
+        if (format := memory_format(tensor)) is not torch.contiguous_format:
+            return format
     return torch.contiguous_format
 
 
-def _center_results(output: Tensor, memory_format: torch.memory_format, centred: bool, activation: str, save: bool):
+def _center_results(output: Tensor, format: torch.memory_format, centred: bool, activation: str, save: bool):
     """(output, map_mean, saved) as the kernels return them for an output like ``output``."""
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
     map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=dtype)
     if save and activation in activations.PIECEWISE:
-        innermost = channels_innermost(output.shape, memory_format)
+        innermost = channels_innermost(output.shape, format)
         saved = output.new_empty(bits_shape(output.shape, innermost), dtype=torch.uint8)
     elif save and activation in activations.SMOOTH:
         saved = torch.empty_like(output)
@@ -96,7 +106,7 @@ def _vector_grads(channels: int, like: Tensor, wanted) -> list[Tensor | None]:
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=suggest_memory_format(tensor))
+    return torch.empty_like(tensor, memory_format=memory_format(tensor))
 
 
 def _register_fakes() -> None:
@@ -104,8 +114,8 @@ def _register_fakes() -> None:
 
     @fake("deepcontrol::center")
     def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
-        memory_format = suggest_memory_format(input)
-        return _center_results(_dense_like(input), memory_format, mean_scale is not None or constant != 0.0, activation, save)
+        centred = mean_scale is not None or constant != 0.0
+        return _center_results(_dense_like(input), memory_format(input), centred, activation, save)
 
     @fake("deepcontrol::center_backward")
     def _(grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask):
@@ -118,9 +128,9 @@ def _register_fakes() -> None:
           slope, save):  # fmt: skip
         zeros = [0] * len(stride)
         z = torch.ops.aten.convolution(input, weight, None, stride, padding, dilation, False, zeros, groups)
-        memory_format = conv_memory_format(input, weight)
-        output = torch.empty_like(z, memory_format=memory_format)
-        return _center_results(output, memory_format, mean_scale is not None or constant != 0.0, activation, save)
+        format = conv_memory_format(input, weight)
+        output = torch.empty_like(z, memory_format=format)
+        return _center_results(output, format, mean_scale is not None or constant != 0.0, activation, save)
 
     @fake("deepcontrol::conv_center_backward")
     def _(grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,

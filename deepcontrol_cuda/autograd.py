@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
 from . import _ops, activations
-from .reference import per_map, project, spatial
+from .reference import ProjectedInBackward, per_map, project, spatial
 
 _center = torch.ops.deepcontrol.center.default if _ops.extension else None
 _center_backward = torch.ops.deepcontrol.center_backward.default if _ops.extension else None
@@ -30,6 +30,7 @@ def center(
 ) -> Tensor:
     """``functional.deep_control`` on checked arguments, through the compiled ops."""
     mean_scale, constant = _split(mean_scale)
+    residual = _distinct(residual, input)
     if _recording(input, gain, mean_scale, bias, residual):
         return _Center.apply(input, gain, mean_scale, bias, residual, constant, activation, slope)[0]
     return _center(input, gain, mean_scale, constant, bias, residual, activation, slope, False)[0]
@@ -52,6 +53,7 @@ def conv_center(
 ) -> Tensor:
     """``functional.deep_control_conv*`` on checked arguments, through the compiled ops."""
     mean_scale, constant = _split(mean_scale)
+    residual = _distinct(residual, input)
     geometry = (stride, padding, dilation, groups)
     if _recording(input, weight, gain, mean_scale, bias, residual):
         return _ConvCenter.apply(
@@ -71,7 +73,15 @@ def _split(mean_scale: Tensor | float | None) -> tuple[Tensor | None, float]:
     return None, float(mean_scale)
 
 
+def _distinct(residual: Tensor | None, input: Tensor) -> Tensor | None:
+    """torch.compile takes no autograd.Function that is given one tensor twice, as in the shortest residual block."""
+    return input.view_as(input) if residual is input else residual
+
+
 def _recording(*tensors: Tensor | None) -> bool:
+    """Whether the op goes through its Function: for backward, or to refuse forward-mode derivatives."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -93,7 +103,7 @@ class _Center(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
         ctx.like = (output.shape, output.dtype)
-        ctx.format = torch.contiguous_format if output.is_contiguous() else suggest_memory_format(output)
+        ctx.format = _ops.memory_format(output)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
         ctx.constants = (constant, activation, slope)
         return output, map_mean, saved
@@ -120,7 +130,7 @@ class _Center(torch.autograd.Function):
         rank = len(ctx.like[0])
         grad_input = centred if gain is None else centred * per_map(gain, rank)
         if grad_mean is not None and grad_mean.numel():
-            grad_input = grad_input + per_map(grad_mean, rank) / e[0, 0].numel()
+            grad_input = grad_input + per_map(grad_mean, rank) / e.shape[2:].numel()
         grad_gain = grad_mean_scale = None
         if needs[1]:
             grad_gain = (input * centred).sum((0, *spatial(e)))
@@ -165,11 +175,13 @@ class _ConvCenter(torch.autograd.Function):
             return *grads[:2], *vectors, grad_residual, None, None, None, None, None
 
         stride, padding, dilation, groups = geometry
+        if projection:
+            weight = ProjectedInBackward.apply(weight, projection)
         format = _ops.conv_memory_format(input, weight)
         e = _through_activation(grad_output, grad_saved, saved, *ctx.like, format, activation, slope)
         centred, sums = _center_error(e, mean_scale, constant)
         if grad_mean is not None and grad_mean.numel():
-            centred = centred + per_map(grad_mean, e.dim()) / e[0, 0].numel()
+            centred = centred + per_map(grad_mean, e.dim()) / e.shape[2:].numel()
         per_filter = None if gain is None else gain.expand(weight.shape[0]).view(-1, *(1,) * (weight.dim() - 1))
         scaled_weight = weight if gain is None else (weight * per_filter).to(weight.dtype)
         grad_input, grad_scaled, _ = torch.ops.aten.convolution_backward(
@@ -214,13 +226,13 @@ def _through_activation(
     if activation == "identity":
         return grad_output
     kept = _ops.unpack_bits(saved, shape, _ops.channels_innermost(shape, memory_format))
-    return torch.where(kept, grad_output, grad_output * (slope if activation == "leaky_relu" else 0.0))
+    return torch.where(kept, grad_output, grad_output * slope if activation == "leaky_relu" else 0.0)
 
 
 def _center_error(e: Tensor, mean_scale: Tensor | None, constant: float) -> tuple[Tensor, Tensor]:
     """``e - mean_scale * mean(e)`` and the sums of ``e`` over each map, (N, C)."""
-    mean = e.mean(spatial(e), keepdim=True)
-    sums = e.sum(spatial(e))
-    if mean_scale is not None:
-        return e - per_map(mean_scale, e.dim()) * mean, sums
-    return (e - constant * mean if constant != 0.0 else e), sums
+    sums = e.sum(spatial(e), dtype=torch.float64 if e.dtype == torch.float64 else torch.float32)
+    if mean_scale is None and constant == 0.0:
+        return e, sums
+    removed = sums / e.shape[2:].numel() * (constant if mean_scale is None else mean_scale)
+    return e - per_map(removed, e.dim()), sums

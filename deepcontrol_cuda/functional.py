@@ -48,7 +48,8 @@ def deep_control(
         TypeError, ValueError: an argument does not fit; the message says what was given and what is wanted.
         RuntimeError: the backend asked for cannot run.
     """
-    if torch.is_autocast_enabled(input.device.type) and residual is not None:
+    _check_tensors(input=input, residual=residual)
+    if residual is not None and _autocasting(input):
         residual = residual.to(input.dtype)
     _check_input(input, None)
     _check_vectors(input, input.shape[1], gain, mean_scale, bias)
@@ -80,7 +81,8 @@ def _deep_control_conv(
     projection: float,
     backend: str | None,
 ) -> Tensor:
-    if torch.is_autocast_enabled(input.device.type):
+    _check_tensors(input=input, weight=weight, residual=residual)
+    if _autocasting(input):
         input, weight, residual = _autocast(input), _autocast(weight), _autocast(residual)
     _check_input(input, rank)
     stride = _tuple("stride", stride, rank, 1)
@@ -88,8 +90,7 @@ def _deep_control_conv(
     _check_weight(input, weight, rank, groups)
     _check_vectors(input, weight.shape[0], gain, mean_scale, bias)
     _check_activation(activation)
-    if not 0.0 <= projection <= 1.0:
-        raise ValueError(f"projection: got {projection!r}, wanted a number from 0 to 1")
+    check_fraction("projection", projection)
     input, padding = _resolve_padding(input, weight, padding, stride, dilation, rank)
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
@@ -208,11 +209,30 @@ def deep_control_conv3d(
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _autocasting(input: Tensor) -> bool:
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(tensor: Tensor | None) -> Tensor | None:
     """What autocast does to an operand of a convolution: floating tensors but float64 go to the autocast dtype."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number from 0 to 1."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, wanted a number from 0 to 1")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value!r}, wanted a number from 0 to 1")
+
+
+def _check_tensors(**arguments: Tensor | None) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor) and not (argument is None and name == "residual"):
+            raise TypeError(f"{name}: got {type(argument).__name__}, wanted a tensor")
 
 
 def _check_input(input: Tensor, rank: int | None) -> None:
@@ -259,6 +279,8 @@ def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int) -> None
             f"weight: got shape {tuple(weight.shape)}, wanted {rank + 2} dimensions (O, C / groups, *kernel)"
         )
     _check_companion("weight", weight, input, (input.dtype,))
+    if 0 in weight.shape:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted at least one filter, channel and tap")
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups: got {groups!r}, wanted a positive divisor of the {weight.shape[0]} filters")
     if weight.shape[1] * groups != input.shape[1]:
@@ -282,10 +304,15 @@ def _check_activation(activation: str) -> None:
 
 
 def _tuple(name: str, value: int | Sequence[int], rank: int, least: int) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(values) == 1:
-        values *= rank
-    if len(values) != rank or any(v < least for v in values):
+    if isinstance(value, (int, torch.SymInt)):
+        values = (value,) * rank
+    elif isinstance(value, (tuple, list)):
+        values = tuple(value) * (rank if len(value) == 1 else 1)
+    else:
+        raise TypeError(f"{name}: got {value!r}, wanted one or {rank} integers of at least {least}")
+    if not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise TypeError(f"{name}: got {value!r}, wanted one or {rank} integers of at least {least}")
+    if len(values) != rank or min(values) < least:
         raise ValueError(f"{name}: got {value!r}, wanted one or {rank} integers of at least {least}")
     return values
 
@@ -320,7 +347,7 @@ def _output_shape(
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     )
-    if any(size < 1 for size in out):
+    if any(size < 1 for size in (*out, *input.shape[2:])):
         raise ValueError(
             f"input: got maps of {tuple(input.shape[2:])}, which leave an empty output under kernel "
             f"{tuple(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}; wanted larger maps"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, functional, reference
 
 __all__ = ["project_kernel_gradients_"]
 
@@ -27,8 +27,7 @@ def project_kernel_gradients_(parameters: Iterable[Tensor] | Tensor, weight: flo
         ValueError: ``weight`` out of range.
         TypeError: something in ``parameters`` is not a tensor, or a gradient is not floating.
     """
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight: got {weight!r}, wanted a number from 0 to 1")
+    functional.check_fraction("weight", weight)
     gradients: dict[str, list[Tensor]] = {}
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if not isinstance(parameter, Tensor):

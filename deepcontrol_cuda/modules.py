@@ -104,7 +104,7 @@ class _DeepControl(nn.Module):
         return f"{self.num_features}" + ("" if self.bias is not None else ", bias=False") + _control_repr(self)
 
 
-_NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{rank}d`` behind any layer.
+_NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{rank}d`` on maps, behind any layer.
 
     ``act(gain * (input - mean_scale * mean(input)) + bias + residual)``; the mean is per sample and per map, so there
     are no running statistics and no difference between training and evaluation (arXiv 1706.03907, abstract).
@@ -165,8 +165,7 @@ class _DeepControlConv:
     ) -> None:
         if activation not in activations.ACTIVATIONS:
             raise activations.unknown(activation)
-        if not 0.0 <= projection <= 1.0:
-            raise ValueError(f"projection: got {projection!r}, wanted a number from 0 to 1")
+        functional.check_fraction("projection", projection)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             device, dtype,

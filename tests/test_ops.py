@@ -161,7 +161,7 @@ def test_one_pixel_gives_the_bias(backend):
 def test_one_tap_needs_no_library_convolution(kernel, fused):
     if dc._ops.extension.info()["isa"] == "portable":
         pytest.skip("the portable kernels have no matrix product")
-    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(2, 16, 24, 24).to(memory_format=torch.channels_last).requires_grad_()
     w = torch.randn(32, 16, kernel, kernel, requires_grad=True)
     with torch.profiler.profile() as profile:
         dc.functional.deep_control_conv2d(x, w, activation="relu").sum().backward()
@@ -280,6 +280,43 @@ def test_nan_and_infinity_propagate(backend, channels_last, activation):
             grads.append(leaf.grad)
         torch.testing.assert_close(outputs[1], outputs[0], equal_nan=True, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grads[1], grads[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_squeezed_sample(backend):
+    """A view of one sample brings back a gradient whose batch stride says nothing; as many channels as pixels."""
+    x = torch.randn(1, 16, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    grads = []
+    for name in ("reference", backend):
+        y = dc.functional.deep_control(x, activation="relu", backend=name)
+        grads += torch.autograd.grad(y.squeeze(0).square().sum(), x)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_small_gains_in_float16(backend):
+    """Small gradients times small gains leave float16's normal numbers, and dgain must not be read off what is left."""
+    x, w = torch.randn(4, 8, 9, 9).half(), torch.randn(8, 8, 3, 3).half()
+    seed = (torch.randn(4, 8, 7, 7) * 1e-4).half()
+    grads = []
+    for dtype, name in ((torch.float64, "reference"), (torch.float16, "reference"), (torch.float16, backend)):
+        gain = torch.full((8,), 0.02, dtype=dtype, requires_grad=True)
+        y = dc.functional.deep_control_conv2d(x.to(dtype), w.to(dtype), gain, backend=name)
+        grads += torch.autograd.grad(y, gain, seed.to(dtype))
+    assert_within_budget(grads[2], grads[0], grads[1], torch.float16)
+
+
+def test_forward_mode_is_refused(backend):
+    """Rather than a derivative of zero."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jacfwd(lambda x: dc.functional.deep_control(x, backend=backend))(torch.randn(1, 1, 2))
+
+
+def test_in_place_ops_tell_autograd(backend):
+    p = torch.nn.Parameter(torch.randn(2, 2, 3, 3))
+    p.grad = torch.randn(2, 2, 3, 3)
+    before = p.grad._version
+    with dc.backends.use(backend):
+        dc.project_kernel_gradients_(p)
+    assert p.grad._version > before
 
 
 @layouts

@@ -74,6 +74,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   if (wanted.grad_residual) result.grad_residual = at::empty_like(grad);
   if (wanted.sums) result.sums = at::empty({grad.size(0), grad.size(1)}, vectors);
   if (wanted.dots) result.dots = at::empty({grad.size(0), grad.size(1)}, vectors);
+  TORCH_CHECK_VALUE(!wanted.dots || (input.sizes() == grad.sizes() && input.scalar_type() == grad.scalar_type()),
+                    "input: got ", input.scalar_type(), " ", input.sizes(), ", wanted ", grad.scalar_type(), " ",
+                    grad.sizes(), " as grad_output is");
   const Tensor dense_input = wanted.dots ? input.contiguous(format) : Tensor();
   p.grad_output = data(grad);
   p.input = data(dense_input);
@@ -83,8 +86,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
                       "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the bits that forward returned");
     p.bits = saved.const_data_ptr<uint8_t>();
   } else if (is_smooth(activation)) {
-    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.is_contiguous(format),
-                      "saved: got shape ", saved.sizes(), ", wanted the pre-activation that forward returned");
+    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.scalar_type() == grad.scalar_type() &&
+                          saved.is_contiguous(format),
+                      "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the pre-activation that forward returned");
     p.pre_activation = data(saved);
   }
   p.scale = data(scale);
@@ -133,7 +137,7 @@ static std::tuple<Tensor, Tensor, Tensor> center(
   const int64_t channels = x.size(1);
   const Tensor output = at::empty_like(x);
   const Centred centred = center_into(
-      x, output, x.suggest_memory_format(), vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
+      x, output, format_of(x), vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
       constant, vector_of(bias, channels, type, "bias"), residual, parse_activation(activation), slope, save);
   return {output, centred.map_mean, centred.saved};
 }
@@ -151,7 +155,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
   TORCH_CHECK_VALUE(!mask[1] || (input && input->defined()), "input: missing, wanted for the gradient of gain");
   const CenteredError error =
       center_error(grad_output, input.value_or(Tensor()), scale, mean_scales, constant, saved,
-                   parse_activation(activation), slope, grad_output.suggest_memory_format(),
+                   parse_activation(activation), slope, format_of(grad_output),
                    {mask[0], mask[4], mask[1] || mask[2] || mask[3], mask[1]});
   Tensor grad_gain, grad_mean_scale, grad_bias;
   const bool means = centred && (mask[1] || mask[2]);

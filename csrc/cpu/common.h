@@ -51,6 +51,16 @@ inline int64_t pixels_of(const Tensor& tensor) {
   return pixels;
 }
 
+// The memory format of a tensor: where the strides tell, what they tell. Unlike suggest_memory_format() it does not mind
+// the strides of dimensions of size one, which a view of a single sample may bring, so that a tensor that
+// contiguous(format) leaves as it is has that format here.
+inline at::MemoryFormat format_of(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return at::MemoryFormat::Contiguous;
+  const auto channels_last = tensor.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+  if ((tensor.dim() == 4 || tensor.dim() == 5) && tensor.is_contiguous(channels_last)) return channels_last;
+  return tensor.suggest_memory_format();
+}
+
 // How the kernels see a tensor that is dense in `format`. One channel or one pixel is dense in every format, so there
 // the format must not decide. Rows of channels are cut into blocks only to occupy all threads, or where they
 // exceed kMostChannels. Blocks small enough for a slab to stay in the second-level cache measured 2 to 4 times slower
@@ -69,7 +79,7 @@ inline Layout layout_of(const Tensor& tensor, at::MemoryFormat format) {
     const int64_t threads = at::get_num_threads();
     const bool balanced = layout.samples % threads == 0 || layout.samples >= 8 * threads;
     const int64_t block = (layout.channels + (balanced ? 1 : threads) - 1) / (balanced ? 1 : threads);
-    layout.block = std::min((block + kCacheLines - 1) / kCacheLines * kCacheLines, kMostChannels);
+    layout.block = std::clamp((block + kCacheLines - 1) / kCacheLines * kCacheLines, kCacheLines, kMostChannels);
   }
   return layout;
 }
@@ -101,7 +111,7 @@ inline std::array<int64_t, 3> bits_shape(const Layout& layout) {
 }
 
 // Without gaps, in the memory format that is nearest: other strides are copied once.
-inline Tensor dense(const Tensor& tensor) { return tensor.contiguous(tensor.suggest_memory_format()); }
+inline Tensor dense(const Tensor& tensor) { return tensor.contiguous(format_of(tensor)); }
 
 struct Centred {
   Tensor map_mean;  // of the input, (N, C)
@@ -132,6 +142,10 @@ struct PointwiseGrads {
   Tensor grad_weight;  // scale * dw'
   Tensor sums, grad_residual;
 };
+
+// Whether its backward pays as well: every thread needs rows and memory for a weight gradient of its own.
+bool is_fused_pointwise_backward(const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, int64_t groups);
 
 // `scale` multiplies dz'; `weight` is what grad_input is computed with. Sums are always there.
 PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,

@@ -21,8 +21,30 @@
 namespace deepcontrol::cpu {
 
 static at::MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
-  const auto format = input.suggest_memory_format();
-  return format != at::MemoryFormat::Contiguous ? format : weight.suggest_memory_format();
+  const auto format = format_of(input);
+  return format != at::MemoryFormat::Contiguous ? format : format_of(weight);
+}
+
+// The shape of the output; everything that the kernels and the library rely on is checked on the way.
+static std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+                                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const int64_t rank = input.dim() - 2;
+  TORCH_CHECK_VALUE(rank >= 1 && rank <= 3, "input: got shape ", input.sizes(), ", wanted 1 to 3 spatial dimensions");
+  TORCH_CHECK_VALUE(weight.dim() == input.dim() && groups >= 1 && weight.size(1) * groups == input.size(1) &&
+                        weight.size(0) % groups == 0,
+                    "weight: got shape ", weight.sizes(), " for input ", input.sizes(), " and ", groups, " groups");
+  TORCH_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), "weight: got dtype ", weight.scalar_type(), ", wanted ",
+                   input.scalar_type(), " as input is");
+  TORCH_CHECK_VALUE(int64_t(stride.size()) == rank && int64_t(padding.size()) == rank && int64_t(dilation.size()) == rank,
+                    "stride, padding, dilation: got ", stride, ", ", padding, ", ", dilation, ", wanted ", rank,
+                    " integers each");
+  std::vector<int64_t> sizes{input.size(0), weight.size(0)};
+  for (int64_t d = 0; d < rank; ++d) {
+    TORCH_CHECK_VALUE(stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, "stride, padding, dilation: got ", stride,
+                      ", ", padding, ", ", dilation, ", wanted positive integers, for the padding zero or more");
+    sizes.push_back((input.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1) / stride[d] + 1);
+  }
+  return sizes;
 }
 
 static std::tuple<Tensor, Tensor, Tensor> conv_center(
@@ -31,6 +53,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view activation, double slope,
     bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
+  output_sizes(input, weight, stride, padding, dilation, groups);
   const auto format = format_of(input, weight);
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
@@ -57,23 +80,25 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
 struct SplitGain {
   Tensor on_error, on_weight;
 
-  explicit SplitGain(const Tensor& gain) : on_error(gain) {
-    if (gain.defined()) gain.scalar_type() == at::kDouble ? split<double>(gain) : split<float>(gain);
+  // `dtype` is that of the activations. In float16 a gradient times a small gain soon leaves the normal numbers.
+  SplitGain(const Tensor& gain, at::ScalarType dtype) : on_error(gain) {
+    const double least_divisor = dtype == at::kHalf ? 0.5 : 1.0 / 4096;
+    if (!gain.defined()) return;
+    gain.scalar_type() == at::kDouble ? split<double>(gain, least_divisor) : split<float>(gain, float(least_divisor));
   }
 
  private:
   template <class A>
-  void split(const Tensor& gain) {
-    constexpr A kLeastDivisor = A(1) / 4096;
+  void split(const Tensor& gain, A least_divisor) {
     const A* gains = gain.const_data_ptr<A>();
     const int64_t filters = gain.numel();
-    if (std::all_of(gains, gains + filters, [](A g) { return std::abs(g) >= kLeastDivisor; })) return;
+    if (std::all_of(gains, gains + filters, [=](A g) { return std::abs(g) >= least_divisor; })) return;
     on_error = gain.clone();
     on_weight = at::ones_like(gain);
     A* error = on_error.mutable_data_ptr<A>();
     A* weight = on_weight.mutable_data_ptr<A>();
     for (int64_t o = 0; o < filters; ++o) {
-      if (!(std::abs(gains[o]) >= kLeastDivisor)) std::swap(error[o], weight[o]);
+      if (!(std::abs(gains[o]) >= least_divisor)) std::swap(error[o], weight[o]);
     }
   }
 };
@@ -87,14 +112,13 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
   const bool wants_weight = mask[1] || mask[2], through_conv = mask[0] || wants_weight;
-  const SplitGain split(vector_of(gain, filters, type, "gain"));
+  const SplitGain split(vector_of(gain, filters, type, "gain"), input.scalar_type());
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
   const auto act = parse_activation(activation);
-  TORCH_CHECK_VALUE(grad_output.dim() == input.dim() && grad_output.size(0) == input.size(0) &&
-                        grad_output.size(1) == filters,
-                    "grad_output: got shape ", grad_output.sizes(), " for input ", input.sizes(), " and weight ",
-                    weight.sizes());
+  const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups);
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(sizes), "grad_output: got shape ", grad_output.sizes(),
+                    ", wanted the output's, ", at::IntArrayRef(sizes));
   TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output: got dtype ",
                    grad_output.scalar_type(), ", wanted ", input.scalar_type());
   Tensor scaled_weight = weight;
@@ -107,7 +131,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
   Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
   CenteredError error;
-  if (through_conv && is_fused_pointwise(input, weight, format, stride, padding, groups, false)) {
+  if (through_conv && is_fused_pointwise_backward(input, weight, format, stride, padding, groups)) {
     PointwiseGrads grads = fused_pointwise_backward(grad_output, input, scaled_weight, format, split.on_error, mean_scales,
                                                     constant, saved, act, slope, mask[0], wants_weight, mask[5]);
     grad_input = grads.grad_input;
@@ -131,9 +155,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
                                    dilation, false, no_output_padding, groups, {mask[0], wants_weight, false});
     }
   }
-  if (mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
+  if (mask[0]) grad_input = grad_input.contiguous(format_of(input));
   if (wants_weight) {
-    grad_weight = grad_weight.contiguous(weight.suggest_memory_format());
+    grad_weight = grad_weight.contiguous(format_of(weight));
     grad_gain = finish_weight_grad(grad_weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
                                    mask[2]);
     if (!mask[1]) grad_weight.reset();

@@ -9,7 +9,8 @@ namespace deepcontrol::cpu {
 
 bool is_fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
                         at::IntArrayRef padding, int64_t groups, bool centred) {
-  if (!kernels().pointwise_forward || groups != 1 || pixels_of(weight) != 1 || input.numel() == 0) return false;
+  if (!kernels().pointwise_forward || groups != 1 || pixels_of(weight) != 1) return false;
+  if (input.numel() == 0 || weight.numel() == 0) return false;
   const auto is = [](int64_t value) { return [value](int64_t v) { return v == value; }; };
   if (!std::all_of(stride.begin(), stride.end(), is(1)) || !std::all_of(padding.begin(), padding.end(), is(0))) return false;
   const int64_t channels = input.size(1);
@@ -40,21 +41,19 @@ static Tensor mean_of_product(const Tensor& x, const Tensor& weight, at::MemoryF
   return map_mean;
 }
 
-// The panels run over filters, transposed over channels.
-static Tensor pack(const Tensor& weight, bool transposed) {
-  PackWeight p{};
-  p.dtype = dtype_of(weight);
-  p.transposed = transposed;
-  p.filters = weight.size(0);
-  p.channels = weight.size(1);
+// Bytes of the packed weight; the panels run over filters, transposed over channels.
+static int64_t packed_bytes(const Tensor& weight, bool transposed) {
   constexpr int64_t kPanel = PointwiseForward::kPanel;
-  const int64_t inner = transposed ? p.filters : p.channels;
-  const int64_t panels = ((transposed ? p.channels : p.filters) + kPanel - 1) / kPanel;
-  const Tensor packed = at::empty({panels * kPanel * inner}, weight.options().memory_format(std::nullopt));
-  p.weight = data(weight);
-  p.packed = mutable_data(packed);
-  for_tasks(panels, kPanel * inner, [&](int64_t begin, int64_t end) { kernels().pack_weight(p, begin, end); });
-  return packed;
+  const int64_t outer = weight.size(transposed ? 1 : 0), inner = weight.size(transposed ? 0 : 1);
+  return (outer + kPanel - 1) / kPanel * kPanel * inner * weight.element_size();
+}
+
+static void pack(const Tensor& weight, bool transposed, void* packed) {
+  constexpr int64_t kPanel = PointwiseForward::kPanel;
+  const PackWeight p{dtype_of(weight), transposed, weight.size(0), weight.size(1), data(weight), packed};
+  const int64_t outer = transposed ? p.channels : p.filters, inner = transposed ? p.filters : p.channels;
+  for_tasks((outer + kPanel - 1) / kPanel, kPanel * inner,
+            [&](int64_t begin, int64_t end) { kernels().pack_weight(p, begin, end); });
 }
 
 Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, const Tensor& gain,
@@ -87,7 +86,8 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
     result.centred.map_mean = at::empty({0}, vectors);
     if (bias.defined()) shift = bias.expand({p.samples, p.filters}).contiguous();
   }
-  const Tensor packed = pack(w, false);
+  const Workspace packed(packed_bytes(w, false));
+  pack(w, false, packed.data());
   const Tensor dense_residual = residual_of(residual, result.output, format);
 
   // A task's rows of the input should stay in the second-level cache while panel after panel of filters passes; where
@@ -97,7 +97,7 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
   const int64_t threads = at::get_num_threads();
   p.panels = p.samples * p.row_tiles() >= threads ? p.all_panels() : (p.all_panels() + threads - 1) / threads;
   p.input = data(x);
-  p.weight = data(packed);
+  p.weight = packed.data();
   p.gain = data(gain);
   p.shift = data(shift);
   p.residual = data(dense_residual);
@@ -107,6 +107,15 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
   for_tasks(p.tasks(), p.rows * p.panels * PointwiseForward::kPanel * p.channels,
             [&](int64_t begin, int64_t end) { kernels().pointwise_forward(p, begin, end); });
   return result;
+}
+
+bool is_fused_pointwise_backward(const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, int64_t groups) {
+  if (!is_fused_pointwise(input, weight, format, stride, padding, groups, false)) return false;
+  constexpr int64_t kMostPartialBytes = int64_t(1) << 27;
+  const int64_t threads = at::get_num_threads();
+  return input.size(0) * pixels_of(input) >= threads * PointwiseBackward::kRows &&
+         threads * weight.numel() * int64_t(sizeof(float)) <= kMostPartialBytes;
 }
 
 PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -134,22 +143,26 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
   if (wants_input) result.grad_input = at::empty_like(x);
   if (wants_weight) result.grad_weight = at::empty_like(w);
   if (wants_residual) result.grad_residual = at::empty_like(grad);
-  const Tensor packed = wants_input ? pack(w, true) : Tensor();
 
-  p.slots = std::clamp<int64_t>(p.rows() / PointwiseBackward::kRows, 1, at::get_num_threads());
+  p.slots = at::get_num_threads();
   const int64_t partial_bytes = wants_weight ? p.slots * w.numel() * int64_t(sizeof(float)) : 0;
-  const Workspace workspace(partial_bytes + p.slots * p.scratch_bytes());
+  const int64_t scratch_bytes = p.slots * p.scratch_bytes();
+  const Workspace workspace(partial_bytes + scratch_bytes + (wants_input ? packed_bytes(w, true) : 0));
   p.grad_output = data(grad);
   if (is_piecewise(activation)) p.bits = saved.const_data_ptr<uint8_t>();
   if (is_smooth(activation)) p.pre_activation = data(saved);
   p.input = data(x);
-  p.weight = data(packed);
   p.scale = data(scale);
   p.removed = data(removed);
   p.grad_input = mutable_data(result.grad_input);
   p.grad_residual = mutable_data(result.grad_residual);
   p.partials = wants_weight ? static_cast<float*>(workspace.data()) : nullptr;
   p.scratch = static_cast<char*>(workspace.data()) + partial_bytes;
+  if (wants_input) {
+    void* packed = static_cast<char*>(p.scratch) + scratch_bytes;
+    pack(w, true, packed);
+    p.weight = packed;
+  }
   at::parallel_for(0, p.slots, 1, [&](int64_t begin, int64_t end) { kernels().pointwise_backward(p, begin, end); });
   if (wants_weight) {
     AddPartials add{p.dtype, p.slots, p.filters, p.channels, p.partials, mutable_data(result.grad_weight)};

@@ -8,13 +8,18 @@
 
 namespace deepcontrol::cpu {
 
+// What autograd's own in-place ops do, so that it notices a change of what it has saved.
+static void mark_changed(const Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 static WeightGrad describe(const Tensor& grad, double projection) {
   WeightGrad p{};
   p.dtype = dtype_of(grad);
   p.filters = grad.size(0);
   p.channels = grad.size(1);
   p.taps = pixels_of(grad);
-  p.channels_innermost = grad.suggest_memory_format() != at::MemoryFormat::Contiguous;
+  p.channels_innermost = format_of(grad) != at::MemoryFormat::Contiguous;
   p.projection = projection;
   p.grad = mutable_data(grad);
   return p;
@@ -23,7 +28,7 @@ static WeightGrad describe(const Tensor& grad, double projection) {
 Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor& factor, const Tensor& divisor,
                           double projection, bool dots) {
   WeightGrad p = describe(grad, projection);
-  const Tensor dense_weight = dots ? weight.contiguous(grad.suggest_memory_format()) : Tensor();
+  const Tensor dense_weight = dots ? weight.contiguous(format_of(grad)) : Tensor();
   const auto vectors = grad.options().dtype(accumulation_type(grad)).memory_format(std::nullopt);
   Tensor result = dots ? at::empty({p.filters}, vectors) : Tensor();
   p.weight = data(dense_weight);
@@ -50,6 +55,7 @@ static Tensor finish_weight_grad_(Tensor grad_weight, const Tensor& weight, cons
   const Tensor grad = dense(grad_weight);
   const Tensor grad_gain = finish_weight_grad(grad, weight, factor, divisor, projection, true);
   if (!grad.is_same(grad_weight)) grad_weight.copy_(grad);
+  mark_changed(grad_weight);
   return grad_gain;
 }
 
@@ -80,6 +86,7 @@ static void project_kernel_gradients_(at::TensorList gradients, double weight) {
     if (gradient.dim() < 3 || pixels_of(gradient) <= 1 || gradient.numel() == 0) continue;
     const Tensor& projected = dense_gradients[next++];
     if (!projected.is_same(gradient)) gradient.copy_(projected);
+    mark_changed(gradient);
   }
 }
 

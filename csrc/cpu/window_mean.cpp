@@ -3,6 +3,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <string_view>
+
 #include "common.h"
 
 namespace deepcontrol::cpu {
@@ -14,11 +17,13 @@ static Tensor window_mean(const Tensor& input, at::IntArrayRef kernel_size, at::
   TORCH_CHECK_VALUE(rank >= 1 && rank <= 3, "input: got shape ", input.sizes(), ", wanted 1 to 3 spatial dimensions");
   for (const auto& [name, values] : {std::pair<const char*, at::IntArrayRef>{"kernel_size", kernel_size},
                                      {"stride", stride}, {"padding", padding}, {"dilation", dilation}}) {
-    TORCH_CHECK_VALUE(int64_t(values.size()) == rank, name, ": got ", values, ", wanted ", rank, " integers");
+    const int64_t least = std::string_view(name) == "padding" ? 0 : 1;
+    TORCH_CHECK_VALUE(int64_t(values.size()) == rank && *std::min_element(values.begin(), values.end()) >= least, name,
+                      ": got ", values, ", wanted ", rank, " integers of at least ", least);
   }
   const Tensor x = dense(input);
   WindowMean p{};
-  p.layout = layout_of(x, x.suggest_memory_format());
+  p.layout = layout_of(x, format_of(x));
   p.dtype = dtype_of(x);
   std::vector<int64_t> shape{x.size(0), x.size(1)};
   for (int64_t d = 0; d < 3; ++d) {

@@ -10,12 +10,12 @@
 
 namespace deepcontrol::cpu {
 
-// One buffer a process is kept, the largest asked for yet. Needs above kMost, and calls at the same time from other
+// One buffer a process is kept, the largest asked for yet up to kMost. Needs above that, and calls at the same time from other
 // threads, allocate as usual.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
-    {
+    if (bytes <= kMost) {
       std::lock_guard lock(mutex());
       std::swap(memory_, kept());
     }
