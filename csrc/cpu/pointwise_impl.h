@@ -248,6 +248,40 @@ void add_partials_task(const AddPartials& p, int64_t filter) {
   });
 }
 
+#if defined(DC_AVX512)
+// 16 x 16 elements of 32 bits: rows of `from` become columns of `to`. Neighbouring lanes change places in pairs, then
+// pairs, fours and eights of lanes.
+DC_INLINE void transpose_block(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, a[i]);
+}
+#endif
+
 template <class T>
 void pack_weight_task(const PackWeight& p, int64_t panel) {
   using Unit = typename Product<T>::Unit;
@@ -256,12 +290,18 @@ void pack_weight_task(const PackWeight& p, int64_t panel) {
   const int64_t first = panel * kPanel, filters = std::min(kPanel, p.filters - first);
   const Unit* weight = static_cast<const Unit*>(p.weight) + first * steps;
   Unit* packed = static_cast<Unit*>(p.packed) + first * steps;
-  // In blocks of channels, so that the lines written stay in the first-level cache until they are full.
-  constexpr int64_t kBlock = 32;
-  for (int64_t start = 0; start < steps; start += kBlock) {
-    const int64_t end = std::min(start + kBlock, steps);
-    for (int64_t o = 0; o < kPanel; ++o) {
-      for (int64_t k = start; k < end; ++k) packed[k * kPanel + o] = o < filters ? weight[o * steps + k] : Unit{};
+  for (int64_t k = 0; k < steps; k += DC_LANES) {
+    const int64_t count = std::min<int64_t>(DC_LANES, steps - k);
+    for (int64_t o = 0; o < kPanel; o += DC_LANES) {
+#if defined(DC_AVX512)
+      if (sizeof(Unit) == 4 && count == DC_LANES && o + DC_LANES <= filters) {
+        transpose_block(weight + o * steps + k, steps, packed + k * kPanel + o, kPanel);
+        continue;
+      }
+#endif
+      for (int64_t i = o; i < o + DC_LANES; ++i) {
+        for (int64_t j = k; j < k + count; ++j) packed[j * kPanel + i] = i < filters ? weight[i * steps + j] : Unit{};
+      }
     }
   }
 }
