@@ -59,9 +59,10 @@ def conv_center(
         return _ConvCenter.apply(
             input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection
         )[0]
-    return _conv_center(input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False)[
-        0
-    ]
+    output, _, _ = _conv_center(
+        input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False
+    )
+    return output
 
 
 def _split(mean_scale: Tensor | float | None) -> tuple[Tensor | None, float]:

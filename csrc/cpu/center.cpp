@@ -109,9 +109,11 @@ static void reduce_samples_as(const Tensor& sums, const Tensor& map_mean, Tensor
   const A* mean = grad_mean_scale ? map_mean.const_data_ptr<A>() : nullptr;
   A* scale = grad_mean_scale ? grad_mean_scale->mutable_data_ptr<A>() : nullptr;
   A* bias = grad_bias ? grad_bias->mutable_data_ptr<A>() : nullptr;
-  for (int64_t i = 0; i < samples * channels; ++i) {
-    if (scale) scale[i % channels] -= mean[i] * e[i];
-    if (bias) bias[i % channels] += e[i];
+  for (int64_t n = 0; n < samples; ++n, e += channels) {
+    for (int64_t c = 0; bias && c < channels; ++c) bias[c] += e[c];
+    if (!scale) continue;
+    for (int64_t c = 0; c < channels; ++c) scale[c] -= mean[c] * e[c];
+    mean += channels;
   }
 }
 
