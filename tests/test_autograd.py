@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import memory_format
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
 import deepcontrol_cuda as dc
@@ -265,6 +266,40 @@ def test_compiled_net_equals_eager(backend, net, channels_last):
         x = torch.randn(batch, 3, 8, 8)
         x = x.contiguous(memory_format=memory_format(x, channels_last))
         assert_same(results_of(net, compiled, x), results_of(net, net, x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "op"),
+    [
+        (dc.DeepControlConv2d(4, 4, 3, activation="relu"), "conv_center"),
+        (dc.DeepControl2d(4, activation="relu"), "center"),
+    ],
+    ids=("conv", "center"),
+)
+def test_compiled_backward_is_the_op(backend, layer, op):
+    """And not the formulas that exist for second derivatives, which give the same numbers slowly."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled(torch.randn(2, 4, 5, 5)).sum().backward()
+    forward, backward = graphs
+    assert f"deepcontrol.{op}.default" in forward
+    assert f"deepcontrol.{op}_backward.default" in backward
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_unit_that_is_off_stops_an_infinite_gradient(backend, activation):
+    """With create_graph as without: zero, not zero times infinity."""
+    x = torch.tensor([[[-1.0, 1.0]]], requires_grad=True)
+    y = dc.functional.deep_control(x, None, 0.0, activation=activation, backend=backend)
+    seed = torch.tensor([[[float("inf"), 2.0]]])
+    for create_graph in (False, True):
+        (grad,) = torch.autograd.grad(y, x, seed, retain_graph=True, create_graph=create_graph)
+        assert torch.equal(grad.detach(), torch.tensor([[[0.0, 2.0]]]))
 
 
 @pytest.mark.parametrize(

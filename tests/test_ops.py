@@ -282,6 +282,14 @@ def test_nan_and_infinity_propagate(backend, channels_last, activation):
         torch.testing.assert_close(grads[1], grads[0], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 1, 1), (2, 0, 3, 3)], ids=str)
+def test_no_channels(backend, shape):
+    x = torch.empty(shape, requires_grad=True)
+    y = dc.functional.deep_control(x, activation="relu", backend=backend)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+
+
 def test_gradient_of_a_squeezed_sample(backend):
     """A view of one sample brings back a gradient whose batch stride says nothing; as many channels as pixels."""
     x = torch.randn(1, 16, 4, 4).to(memory_format=torch.channels_last).requires_grad_()

@@ -134,9 +134,7 @@ struct PointwiseBackward {
   static constexpr int64_t kRows = 192;
   int64_t rows() const { return samples * pixels; }
   // dz' as rows of filters; for bfloat16 also, and the input too, with the pixels in pairs.
-  int64_t scratch_bytes() const { return (kRows * (filters + kPanel) * 4 + kRows * channels * 2 + 64) / 64 * 64; }
-
-  static constexpr int64_t kPanel = PointwiseForward::kPanel;
+  int64_t scratch_bytes() const { return (kRows * filters * 4 + kRows * channels * 2 + 63) / 64 * 64; }
 };
 
 // grad[i] = sum of the slots' partials, i over filters * channels. Tasks are filters.
