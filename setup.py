@@ -5,6 +5,7 @@ The compiled extension fits only the torch it is built with, so install that tor
 
 DEEPCONTROL_EXTENSION=0  leaves the extension out; the package then runs through its PyTorch reference.
 DEEPCONTROL_CUDA=0|1     leaves the CUDA kernels out, or refuses to build without them.
+TORCH_CUDA_ARCH_LIST     names the GPUs to build for ("9.0"), else those that torch runs on.
 MAX_JOBS=n               is the number of compilers at a time, else chosen from cores and free memory.
 CXX=name                 is the C++ compiler.
 """
@@ -36,7 +37,7 @@ EXTENSION = "deepcontrol_cuda._C"
 GIBIBYTE = 2**30
 # -g0: CPython's own flags may ask for debug information, which makes the extension ten times as large.
 CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
-NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 
 
 def why_no_extension() -> str | None:
@@ -84,6 +85,17 @@ def find_nvcc() -> str | None:
     return shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
 
 
+def architectures(flags: str) -> str:
+    """What TORCH_CUDA_ARCH_LIST is set to where the user has not: those that torch itself runs on, from 8.0 up.
+
+    ``flags`` is how torch was built, for instance "sm_75 sm_80 sm_90 compute_90". The newest also gets PTX, for GPUs that
+    come after it.
+    """
+    found = sorted({int(word[3:]) for word in flags.split() if word.startswith("sm_") and word[3:].isdigit()})
+    names = [f"{number // 10}.{number % 10}" for number in found if number >= 80]
+    return ";".join([*names[:-1], names[-1] + "+PTX"]) if names else "8.0;9.0+PTX"
+
+
 def compile_jobs(cores: int, free_bytes: int | None) -> int:
     """One compiler a core while each has 2 GiB and 2 GiB are left to everything else."""
     if free_bytes is None:
@@ -105,7 +117,9 @@ def extension(cuda: bool) -> Extension:
     return kind(
         EXTENSION,
         sources=sorted(source for pattern in patterns for source in glob(pattern, root_dir=ROOT)),
-        depends=sorted(glob("csrc/**/*.h", root_dir=ROOT, recursive=True)),
+        depends=sorted(
+            header for end in ("h", "cuh") for header in glob(f"csrc/**/*.{end}", root_dir=ROOT, recursive=True)
+        ),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("DEEPCONTROL_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
@@ -144,6 +158,9 @@ def main() -> None:
         sys.exit(f"deepcontrol_cuda: {error}")
     if no_extension is None:
         print(f"deepcontrol_cuda: CUDA kernels: {'yes' if cuda else 'no'}, {reason}")
+        if cuda:
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(torch._C._cuda_getArchFlags()))
+            print(f"deepcontrol_cuda: TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']}")
         os.environ.setdefault("MAX_JOBS", str(compile_jobs(len(os.sched_getaffinity(0)), free_memory())))
         # pip installs ninja beside Python, which is not on PATH where the environment is not activated.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
@@ -157,7 +174,7 @@ def main() -> None:
         ],
         # The bare name triton_kernels belongs to another project's package.
         package_dir={"deepcontrol_cuda.triton_kernels": "triton_kernels"},
-        package_data={"deepcontrol_cuda": ["py.typed"]},
+        package_data={"deepcontrol_cuda": ["proven.json", "py.typed"]},
         ext_modules=[] if no_extension else [extension(cuda)],
         cmdclass={"build_ext": BuildExtension},
     )

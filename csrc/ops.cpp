@@ -10,12 +10,17 @@
 //
 // `map_mean` is (N, C): of `input` for center, of conv(input, gain * weight) for conv_center; (0,) without a mean.
 
-#include <torch/library.h>
+#include "library.h"
 
-TORCH_LIBRARY(deepcontrol, m) {
+DEEPCONTROL_DEFINE(m) {
   m.def(
       "center(Tensor input, Tensor? gain, Tensor? mean_scale, float constant, Tensor? bias, Tensor? residual, "
       "str activation, float slope, bool save) -> (Tensor output, Tensor map_mean, Tensor saved)");
+  // The same, and the mean over each map of the output, (N, C): what a convolution that follows needs to know of it.
+  m.def(
+      "center_with_mean(Tensor input, Tensor? gain, Tensor? mean_scale, float constant, Tensor? bias, "
+      "Tensor? residual, str activation, float slope, bool save) "
+      "-> (Tensor output, Tensor map_mean, Tensor saved, Tensor output_mean)");
   // grad_output has the memory format of the output, which is how the bits in `saved` are laid out.
   m.def(
       "center_backward(Tensor grad_output, Tensor? input, Tensor? gain, Tensor? mean_scale, float constant, "

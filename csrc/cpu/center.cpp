@@ -2,6 +2,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/flatten.h>
+#include <ATen/ops/mean.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -9,22 +11,6 @@
 #include "common.h"
 
 namespace deepcontrol::cpu {
-
-Tensor saved_for(const Tensor& output, at::MemoryFormat format, Activation activation, bool save) {
-  const auto options = output.options().memory_format(std::nullopt);
-  if (save && is_piecewise(activation)) return at::empty(bits_shape(layout_of(output, format)), options.dtype(at::kByte));
-  if (save && is_smooth(activation)) return at::empty_like(output);
-  return at::empty({0}, options);
-}
-
-Tensor residual_of(const OptionalTensor& residual, const Tensor& output, at::MemoryFormat format) {
-  if (!residual || !residual->defined()) return {};
-  TORCH_CHECK_VALUE(residual->sizes() == output.sizes(), "residual: got shape ", residual->sizes(), ", wanted ",
-                    output.sizes());
-  TORCH_CHECK_TYPE(residual->scalar_type() == output.scalar_type(), "residual: got dtype ", residual->scalar_type(),
-                   ", wanted ", output.scalar_type());
-  return residual->contiguous(format);
-}
 
 Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat format, const Tensor& gain, const Tensor& mean_scale,
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
@@ -37,8 +23,8 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
   p.constant = constant;
   Centred result;
   const bool centred = mean_scale.defined() || constant != 0.0;
-  const auto vectors = z.options().dtype(accumulation_type(z)).memory_format(std::nullopt);
-  result.map_mean = at::empty(centred ? at::IntArrayRef({z.size(0), z.size(1)}) : at::IntArrayRef({0}), vectors);
+  result.map_mean =
+      at::empty(centred ? at::IntArrayRef({z.size(0), z.size(1)}) : at::IntArrayRef({0}), accumulation_options(z));
   const Tensor dense_residual = residual_of(residual, z, format);
   result.saved = saved_for(z, format, activation, save);
   if (save && is_piecewise(activation)) p.bits = result.saved.mutable_data_ptr<uint8_t>();
@@ -67,7 +53,7 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   p.constant = constant;
   p.centred = mean_scale.defined() || constant != 0.0;
   CenteredError result;
-  const auto vectors = grad.options().dtype(accumulation_type(grad)).memory_format(std::nullopt);
+  const auto vectors = accumulation_options(grad);
   if (wanted.grad_input) {
     result.grad_input = wanted.grad_input_memory.defined() ? wanted.grad_input_memory : at::empty_like(grad);
   }
@@ -80,17 +66,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   const Tensor dense_input = wanted.dots ? input.contiguous(format) : Tensor();
   p.grad_output = data(grad);
   p.input = data(dense_input);
-  if (is_piecewise(activation)) {
-    TORCH_CHECK_VALUE(saved.scalar_type() == at::kByte && saved.is_contiguous() &&
-                          saved.sizes() == at::IntArrayRef(bits_shape(p.layout)),
-                      "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the bits that forward returned");
-    p.bits = saved.const_data_ptr<uint8_t>();
-  } else if (is_smooth(activation)) {
-    TORCH_CHECK_VALUE(saved.sizes() == grad.sizes() && saved.scalar_type() == grad.scalar_type() &&
-                          saved.is_contiguous(format),
-                      "saved: got ", saved.scalar_type(), " ", saved.sizes(), ", wanted the pre-activation that forward returned");
-    p.pre_activation = data(saved);
-  }
+  check_saved(saved, grad, format, activation);
+  if (is_piecewise(activation)) p.bits = saved.const_data_ptr<uint8_t>();
+  if (is_smooth(activation)) p.pre_activation = data(saved);
   p.scale = data(scale);
   p.mean_scale = data(mean_scale);
   p.grad_input = mutable_data(result.grad_input);
@@ -130,9 +108,11 @@ void reduce_samples(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mea
   as(sums, means, grad_mean_scale, grad_bias);
 }
 
-static std::tuple<Tensor, Tensor, Tensor> center(
-    const Tensor& input, const OptionalTensor& gain, const OptionalTensor& mean_scale, double constant,
-    const OptionalTensor& bias, const OptionalTensor& residual, c10::string_view activation, double slope, bool save) {
+using Results = std::tuple<Tensor, Tensor, Tensor>;
+
+static Results center(const Tensor& input, const OptionalTensor& gain, const OptionalTensor& mean_scale, double constant,
+                      const OptionalTensor& bias, const OptionalTensor& residual, c10::string_view activation,
+                      double slope, bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Tensor x = dense(input);
   const auto type = accumulation_type(x);
@@ -142,6 +122,15 @@ static std::tuple<Tensor, Tensor, Tensor> center(
       x, output, format_of(x), vector_of(gain, channels, type, "gain"), vector_of(mean_scale, channels, type, "mean_scale"),
       constant, vector_of(bias, channels, type, "bias"), residual, parse_activation(activation), slope, save);
   return {output, centred.map_mean, centred.saved};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> center_with_mean(
+    const Tensor& input, const OptionalTensor& gain, const OptionalTensor& mean_scale, double constant,
+    const OptionalTensor& bias, const OptionalTensor& residual, c10::string_view activation, double slope, bool save) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto [output, map_mean, saved] =
+      center(input, gain, mean_scale, constant, bias, residual, activation, slope, save);
+  return {output, map_mean, saved, output.flatten(2).mean(2, false, accumulation_type(output))};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
@@ -167,13 +156,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
     grad_gain = error.dots.sum(0);
     if (centred) grad_gain += mean_scales.defined() ? grad_mean_scale * mean_scales : grad_mean_scale * constant;
   }
-  if (mask[2] && scale.defined()) grad_mean_scale *= scale;
+  if (mask[2] && grad_mean_scale.defined() && scale.defined()) grad_mean_scale *= scale;
   if (!mask[2]) grad_mean_scale.reset();
   return {error.grad_input, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
 }
 
 TORCH_LIBRARY_IMPL(deepcontrol, CPU, m) {
   m.impl("center", center);
+  m.impl("center_with_mean", center_with_mean);
   m.impl("center_backward", center_backward);
 }
 

@@ -20,33 +20,6 @@
 
 namespace deepcontrol::cpu {
 
-static at::MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
-  const auto format = format_of(input);
-  return format != at::MemoryFormat::Contiguous ? format : format_of(weight);
-}
-
-// The shape of the output; everything that the kernels and the library rely on is checked on the way.
-static std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
-                                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const int64_t rank = input.dim() - 2;
-  TORCH_CHECK_VALUE(rank >= 1 && rank <= 3, "input: got shape ", input.sizes(), ", wanted 1 to 3 spatial dimensions");
-  TORCH_CHECK_VALUE(weight.dim() == input.dim() && groups >= 1 && weight.size(1) * groups == input.size(1) &&
-                        weight.size(0) % groups == 0,
-                    "weight: got shape ", weight.sizes(), " for input ", input.sizes(), " and ", groups, " groups");
-  TORCH_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), "weight: got dtype ", weight.scalar_type(), ", wanted ",
-                   input.scalar_type(), " as input is");
-  TORCH_CHECK_VALUE(int64_t(stride.size()) == rank && int64_t(padding.size()) == rank && int64_t(dilation.size()) == rank,
-                    "stride, padding, dilation: got ", stride, ", ", padding, ", ", dilation, ", wanted ", rank,
-                    " integers each");
-  std::vector<int64_t> sizes{input.size(0), weight.size(0)};
-  for (int64_t d = 0; d < rank; ++d) {
-    TORCH_CHECK_VALUE(stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1, "stride, padding, dilation: got ", stride,
-                      ", ", padding, ", ", dilation, ", wanted positive integers, for the padding zero or more");
-    sizes.push_back((input.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1) / stride[d] + 1);
-  }
-  return sizes;
-}
-
 static std::tuple<Tensor, Tensor, Tensor> conv_center(
     const Tensor& input, const Tensor& weight, const OptionalTensor& gain, const OptionalTensor& mean_scale,
     double constant, const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride,
@@ -116,11 +89,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
   const auto act = parse_activation(activation);
-  const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups);
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(sizes), "grad_output: got shape ", grad_output.sizes(),
-                    ", wanted the output's, ", at::IntArrayRef(sizes));
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "grad_output: got dtype ",
-                   grad_output.scalar_type(), ", wanted ", input.scalar_type());
+  check_grad_output(grad_output, input, output_sizes(input, weight, stride, padding, dilation, groups));
   Tensor scaled_weight = weight;
   if (split.on_weight.defined() && mask[0]) {
     std::vector<int64_t> per_filter(weight.dim(), 1);

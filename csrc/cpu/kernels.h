@@ -4,23 +4,15 @@
 
 #include <cstdint>
 
+#include "../types.h"
+
 namespace deepcontrol::cpu {
 
-enum class Dtype { f32, f64, bf16, f16 };
-
-enum class Activation { identity, relu, leaky_relu, relu6, silu, gelu, hardswish };
-
-// A dense (N, C, *spatial) tensor as rows: of channels, one row a pixel (channels_last), or of pixels, one row a map.
-struct Layout {
-  int64_t samples;
-  int64_t channels;
-  int64_t pixels;
-  bool channels_innermost;
+struct Layout : Maps {
   int64_t block;  // channels of one task; 1 for rows of pixels
 
   int64_t blocks() const { return (channels + block - 1) / block; }
   int64_t tasks() const { return samples * blocks(); }
-  int64_t bytes_of_bits_row() const { return ((channels_innermost ? channels : pixels) + 7) / 8; }
 };
 
 // Vectors, means and sums are in the accumulation type: double for f64, else float. Null means absent.
@@ -60,15 +52,11 @@ struct CenterBackward {
   void* dots;           // (N, C): sum of e * input
 };
 
-// Spatial sizes, outermost first, with leading dimensions of one.
-struct WindowMean {
+struct WindowMean : Windows {
   Layout layout;
   Dtype dtype;
-  int64_t size[3], output[3], kernel[3], stride[3], padding[3], dilation[3];
   const void* input;
   void* means;  // (N, C, *kernel), contiguous
-
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
 // The gradient of one weight, (filters, channels, taps).

@@ -8,11 +8,6 @@
 
 namespace deepcontrol::cpu {
 
-// What autograd's own in-place ops do, so that it notices a change of what it has saved.
-static void mark_changed(const Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-}
-
 static WeightGrad describe(const Tensor& grad, double projection) {
   WeightGrad p{};
   p.dtype = dtype_of(grad);
@@ -29,8 +24,7 @@ Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor
                           double projection, bool dots) {
   WeightGrad p = describe(grad, projection);
   const Tensor dense_weight = dots ? weight.contiguous(format_of(grad)) : Tensor();
-  const auto vectors = grad.options().dtype(accumulation_type(grad)).memory_format(std::nullopt);
-  Tensor result = dots ? at::empty({p.filters}, vectors) : Tensor();
+  Tensor result = dots ? at::empty({p.filters}, accumulation_options(grad)) : Tensor();
   p.weight = data(dense_weight);
   p.factor = data(factor);
   p.divisor = data(divisor);
@@ -67,7 +61,7 @@ static void project_kernel_gradients_(at::TensorList gradients, double weight) {
   std::vector<int64_t> first_task{0};
   int64_t elements = 0;
   for (const Tensor& gradient : gradients) {
-    if (gradient.dim() < 3 || pixels_of(gradient) <= 1 || gradient.numel() == 0) continue;
+    if (!has_taps(gradient)) continue;
     dense_gradients.push_back(dense(gradient));
     parameters.push_back(describe(dense_gradients.back(), weight));
     first_task.push_back(first_task.back() + parameters.back().filters);
@@ -83,7 +77,7 @@ static void project_kernel_gradients_(at::TensorList gradients, double weight) {
   });
   size_t next = 0;
   for (const Tensor& gradient : gradients) {
-    if (gradient.dim() < 3 || pixels_of(gradient) <= 1 || gradient.numel() == 0) continue;
+    if (!has_taps(gradient)) continue;
     const Tensor& projected = dense_gradients[next++];
     if (!projected.is_same(gradient)) gradient.copy_(projected);
     mark_changed(gradient);

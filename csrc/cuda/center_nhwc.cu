@@ -1,0 +1,309 @@
+// center and center_backward where the channels are innermost: (N, *spatial, C).
+//
+// A block has a tile of one sample: `lanes` vectors of channels wide, all pixels (or its part of them) high. It brings the
+// tile on chip with cp.async, adds up its columns there, and writes what it makes of it. So forward reads the input and
+// writes the output once (z and the residual in, y and one bit an element out), backward reads grad_output and the bits
+// and writes grad_input once. Where a tile is more than a block should hold, the blocks of a cluster have a part each and
+// exchange their sums; where it is more than a cluster can hold, there are two launches, and the input is read twice.
+//
+// A thread has one column of channels and every (kThreads / lanes)-th pixel; it sums and writes what it loaded itself.
+
+#include "activation.cuh"
+#include "center.cuh"
+
+namespace deepcontrol::cuda {
+namespace {
+
+// One thread's part of a tile.
+struct Place {
+  int64_t sample, tile, channel;
+  int64_t pixel;   // the first
+  int64_t first;   // its element
+  int64_t stride;  // elements from one pixel to the next
+  int pixels;      // steps with something to do
+  int steps;       // of the whole block
+  int part;
+  bool inside;     // has channels
+
+  __device__ Place(const Maps& maps, const CenterPlan& plan, int n) {
+    const int column = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = kThreads / plan.lanes;
+    const unsigned block = blockIdx.x / unsigned(plan.parts);
+    part = blockIdx.x % unsigned(plan.parts);
+    sample = block / unsigned(plan.tiles);
+    tile = int64_t(block % unsigned(plan.tiles)) * (plan.lanes * n);
+    channel = tile + column * n;
+    inside = channel < maps.channels;
+    const int64_t begin = part * plan.part;
+    const int64_t left = begin + plan.part < maps.pixels ? plan.part : maps.pixels - begin;
+    const int height = left > 0 ? static_cast<int>(left) : 0;
+    pixel = begin + group;
+    first = (sample * maps.pixels + pixel) * maps.channels + channel;
+    stride = groups * maps.channels;
+    steps = (height + groups - 1) / groups;
+    pixels = inside && group < height ? (height - group + groups - 1) / groups : 0;
+  }
+};
+
+__device__ __forceinline__ int slot(int step) { return step * kThreads + threadIdx.x; }
+
+// Starts bringing the thread's elements on chip; copy_async_wait<0>() ends it.
+template <int n, class T>
+__device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict__ staged, const Place& place) {
+  if constexpr (n > 1) {
+    for (int k = 0; k < place.pixels; ++k) copy_async_16(staged + slot(k) * n, from + k * place.stride);
+    copy_async_commit();
+  } else {
+#pragma unroll 8
+    for (int k = 0; k < place.pixels; ++k) staged[slot(k)] = from[k * place.stride];
+  }
+}
+
+// The block's shared memory, in this order.
+template <class T, int n>
+struct Shared {
+  using A = Accumulation<T>;
+  T* staged;
+  T* staged_too;
+  A* scratch;
+  A* totals;  // of the block, then
+  A* sums;    // of the map
+  uint8_t* bits;
+
+  // The same count as Planner::shared_nhwc, and of the plan alone: where a cluster's block reads its neighbour's sums, they
+  // must lie where its own do, also if one has fewer pixels.
+  __device__ Shared(const CenterPlan& plan, int tensors, int kinds) {
+    const int groups = kThreads / plan.lanes, steps = (static_cast<int>(plan.part) + groups - 1) / groups;
+    const int elements = steps * kThreads * n, width = plan.lanes * n;
+    staged = reinterpret_cast<T*>(dynamic_shared());
+    staged_too = staged + elements;
+    scratch = reinterpret_cast<A*>(staged + tensors * elements);
+    totals = scratch + scratch_elements(plan.lanes, n);
+    sums = totals + kinds * width;
+    bits = reinterpret_cast<uint8_t*>(sums + kinds * width);
+  }
+};
+
+// The sums of `kinds` over the maps, from those of the block's threads in shared.totals or from the first launch.
+template <class A>
+__device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& maps, const Place& place, Phase phase,
+                                         int kinds, int width, A* totals, A* sums, A* workspace) {
+  const int64_t all = maps.samples * maps.channels, row = place.sample * maps.channels + place.tile;
+  const int count = maps.channels - place.tile < width ? static_cast<int>(maps.channels - place.tile) : width;
+  if (plan.cluster) return sum_cluster(totals, kinds * width, plan.parts, sums);
+  for (int c = threadIdx.x; c < kinds * width; c += kThreads) {
+    const int kind = c / width, column = c % width;
+    if (column >= count) continue;
+    A* partial = workspace + kind * plan.parts * all + row + column;
+    if (phase == Phase::whole) {
+      sums[c] = totals[c];
+    } else if (phase == Phase::sums) {
+      partial[place.part * all] = totals[c];
+    } else {
+      A sum = 0;
+      for (int part = 0; part < plan.parts; ++part) sum += partial[part * all];
+      sums[c] = sum;
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, int n, bool smooth>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
+  using A = Accumulation<T>;
+  const Place place(p.maps, plan, n);
+  const Shared<T, n> shared(plan, 1, 1);
+  const int width = plan.lanes * n, column = threadIdx.x % plan.lanes;
+  const A pixels = static_cast<A>(p.maps.pixels);
+  stage<n>(at<T>(p.input, place.first), shared.staged, place);
+  A gain[n], bias[n], removed[n];
+  load_vector(p.gain, place.channel, place.inside, A(1), gain);
+  load_vector(p.bias, place.channel, place.inside, A(0), bias);
+  load_vector(p.mean_scale, place.channel, place.inside, A(p.constant), removed);
+  copy_async_wait<0>();
+
+  if (p.map_mean) {
+    if (phase != Phase::apply) {
+      A sum[n] = {};
+#pragma unroll 4
+      for (int k = 0; k < place.pixels; ++k) {
+        A x[n];
+        load<n>(shared.staged + slot(k) * n, x);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum[j] += x[j];
+      }
+      sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
+    }
+    sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
+    if (phase == Phase::sums) return;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A mean = shared.sums[column * n + j] / pixels;
+      removed[j] *= mean;
+      if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+        at<A>(p.map_mean, place.sample * p.maps.channels)[place.channel + j] = p.mean_of_scaled ? gain[j] * mean : mean;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) removed[j] = 0;
+  }
+
+  const Piecewise<A> piecewise(p.activation, p.slope);
+  const int64_t bits_row = p.maps.bytes_of_bits_row();
+  A sum[n] = {};
+#pragma unroll 2
+  for (int k = 0; k < place.steps; ++k) {
+    const bool here = k < place.pixels;
+    const int64_t element = place.first + k * place.stride;
+    unsigned bits = 0;
+    if (here) {
+      A y[n], residual[n] = {};
+      load<n>(shared.staged + slot(k) * n, y);
+      if (p.residual) load_constant<n>(at<T>(p.residual, element), residual);
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        y[j] = (y[j] - removed[j]) * gain[j] + bias[j] + residual[j];
+        if constexpr (!smooth) {
+          bits |= unsigned(piecewise.passes(y[j])) << j;
+          y[j] = piecewise.value(y[j]);
+        }
+      }
+      if constexpr (smooth) {
+        if (p.pre_activation) store<n>(at<T>(p.pre_activation, element), y);
+#pragma unroll
+        for (int j = 0; j < n; ++j) y[j] = smooth_value(y[j], p.activation);
+      }
+      store<n>(at<T>(p.output, element), y);
+      if (p.output_mean) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum[j] += rounded<T>(y[j]);
+      }
+    }
+    if constexpr (!smooth) {
+      if (!p.bits) continue;
+      const unsigned byte = gather_byte<n>(bits);
+      const int64_t pixel = place.sample * p.maps.pixels + place.pixel + int64_t(k) * (kThreads / plan.lanes);
+      if (here && place.channel % 8 == 0) p.bits[pixel * bits_row + place.channel / 8] = static_cast<uint8_t>(byte);
+    }
+  }
+
+  if (plan.cluster && p.map_mean) cluster_wait();
+  if (!p.output_mean) return;
+  sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
+  sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(nullptr));
+  if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      at<A>(p.output_mean, place.sample * p.maps.channels)[place.channel + j] = shared.sums[column * n + j] / pixels;
+    }
+  }
+  if (plan.cluster) cluster_wait();
+}
+
+template <class T, int n, bool smooth>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
+  using A = Accumulation<T>;
+  const Place place(p.maps, plan, n);
+  const Shared<T, n> shared(plan, smooth ? 2 : 1, 2);
+  const int width = plan.lanes * n, column = threadIdx.x % plan.lanes;
+  const Piecewise<A> piecewise(p.activation, p.slope);
+  stage<n>(at<T>(p.grad_output, place.first), shared.staged, place);
+  if constexpr (smooth) {
+    stage<n>(at<T>(p.pre_activation, place.first), shared.staged_too, place);
+  } else if (p.bits) {
+    const int64_t bits_row = p.maps.bytes_of_bits_row(), stride = kThreads / plan.lanes * bits_row;
+    const uint8_t* from = p.bits + (place.sample * p.maps.pixels + place.pixel) * bits_row + place.channel / 8;
+#pragma unroll 8
+    for (int k = 0; k < place.pixels; ++k) shared.bits[slot(k)] = __ldg(from + k * stride);
+  }
+  A scale[n], removed[n];
+  load_vector(p.scale, place.channel, place.inside, A(1), scale);
+  load_vector(p.mean_scale, place.channel, place.inside, A(p.constant), removed);
+  copy_async_wait<0>();
+
+  // The gradient in front of the activation.
+  const auto error = [&](int k, A (&e)[n]) {
+    load<n>(shared.staged + slot(k) * n, e);
+    if constexpr (smooth) {
+      A pre[n];
+      load<n>(shared.staged_too + slot(k) * n, pre);
+#pragma unroll
+      for (int j = 0; j < n; ++j) e[j] *= smooth_derivative(pre[j], p.activation);
+    } else if (p.bits) {
+      const unsigned byte = shared.bits[slot(k)] >> (place.channel % 8);
+#pragma unroll
+      for (int j = 0; j < n; ++j) e[j] = piecewise.backward(e[j], byte >> j & 1u);
+    }
+  };
+
+  if (p.centred || p.sums || p.dots) {
+    const int kinds = p.dots ? 2 : 1;
+    if (phase != Phase::apply) {
+      A sum[n] = {}, dot[n] = {};
+#pragma unroll 4
+      for (int k = 0; k < place.pixels; ++k) {
+        A e[n];
+        error(k, e);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum[j] += e[j];
+        if (p.dots) {
+          A x[n];
+          load_constant<n>(at<T>(p.input, place.first + k * place.stride), x);
+#pragma unroll
+          for (int j = 0; j < n; ++j) dot[j] += e[j] * x[j];
+        }
+      }
+      sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
+      if (p.dots) sum_rows<n>(dot, plan.lanes, shared.scratch, shared.totals + width);
+    }
+    sum_maps(plan, p.maps, place, phase, kinds, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
+    if (phase == Phase::sums) return;
+    const int64_t row = place.sample * p.maps.channels + place.channel;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A sum = shared.sums[column * n + j];
+      removed[j] *= p.centred ? sum / static_cast<A>(p.maps.pixels) : A(0);
+      if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+        if (p.sums) at<A>(p.sums, row)[j] = sum;
+        if (p.dots) at<A>(p.dots, row)[j] = shared.sums[width + column * n + j];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) removed[j] = 0;
+  }
+
+  if (p.grad_input || p.grad_residual) {
+#pragma unroll 2
+    for (int k = 0; k < place.pixels; ++k) {
+      const int64_t element = place.first + k * place.stride;
+      A e[n];
+      error(k, e);
+      if (p.grad_residual) store<n>(at<T>(p.grad_residual, element), e);
+#pragma unroll
+      for (int j = 0; j < n; ++j) e[j] = (e[j] - removed[j]) * scale[j];
+      if (p.grad_input) store<n>(at<T>(p.grad_input, element), e);
+    }
+  }
+  if (plan.cluster && (p.centred || p.sums || p.dots)) cluster_wait();
+}
+
+}  // namespace
+
+cudaError_t launch_center_forward_nhwc(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
+  return run_center(p, plan, p.map_mean != nullptr, stream, [&](auto* type, auto n) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return is_smooth(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
+  });
+}
+
+cudaError_t launch_center_backward_nhwc(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
+  return run_center(p, plan, p.centred || p.sums || p.dots, stream, [&](auto* type, auto n) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return is_smooth(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
+  });
+}
+
+}  // namespace deepcontrol::cuda

@@ -1,0 +1,56 @@
+// Sums over the threads of a block and the blocks of a cluster, always in the same order.
+#pragma once
+
+#include "plan.h"
+#include "ptx.cuh"
+
+namespace deepcontrol::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Sums over the lanes that are multiples of `step` apart, `span` lanes in all; powers of two. Every lane gets its sum.
+template <class A>
+__device__ __forceinline__ A sum_lanes(A value, int step, int span) {
+  for (int distance = span / 2; distance >= step; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// Each thread of a block holds sums of `n` channels, those of column threadIdx.x % columns. Writes to totals[0 .. columns
+// * n) their sums over the block, for all threads to read. `scratch` holds scratch_elements(columns, n).
+template <int n, class A>
+__device__ __forceinline__ void sum_rows(const A (&sums)[n], int columns, A* scratch, A* totals) {
+  const int thread = threadIdx.x, lane = thread % 32, column = thread % columns;
+  const int group = columns <= 32 ? thread / 32 : thread / columns, width = columns * n;
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+    const A sum = columns < 32 ? sum_lanes(sums[j], columns, 32) : sums[j];
+    if (columns >= 32 || lane < columns) scratch[group * width + column * n + j] = sum;
+  }
+  __syncthreads();
+  const int groups = row_groups(columns);
+  for (int c = thread; c < width; c += kThreads) {
+    A total = 0;
+    for (int g = 0; g < groups; ++g) total += scratch[g * width + c];
+    totals[c] = total;
+  }
+  __syncthreads();
+}
+
+// The same array in every block of the cluster: `sums` becomes its sum over the blocks, for all threads to read. A call of
+// cluster_wait() must follow behind everything else, since no block may leave or change its array while another reads it.
+template <class A>
+__device__ __forceinline__ void sum_cluster(const A* totals, int count, int blocks, A* sums) {
+  cluster_arrive();
+  cluster_wait();
+  for (int c = threadIdx.x; c < count; c += kThreads) {
+    A sum = 0;
+    for (int rank = 0; rank < blocks; ++rank) sum += load_from_cluster(totals + c, rank);
+    sums[c] = sum;
+  }
+  __syncthreads();
+  cluster_arrive();
+}
+
+}  // namespace deepcontrol::cuda

@@ -1,0 +1,42 @@
+// Runs of memory, of any length and alignment, between global and shared memory, by all threads of a block.
+#pragma once
+
+#include "plan.h"
+#include "ptx.cuh"
+#include "vector.cuh"
+
+namespace deepcontrol::cuda {
+
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+}
+
+// Starts bringing the block's elements on chip; copy_async_wait<0>() and a barrier end it.
+template <class T>
+__device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict__ staged, int elements) {
+  int done = 0;
+  if (is_aligned(from) && is_aligned(staged)) {
+    constexpr int n = kVector<T>;
+    done = elements / n * n;
+    for (int i = threadIdx.x * n; i < done; i += kThreads * n) copy_async_16(staged + i, from + i);
+    copy_async_commit();
+  }
+#pragma unroll 8
+  for (int i = done + threadIdx.x; i < elements; i += kThreads) staged[i] = from[i];
+}
+
+// The way back, behind a barrier.
+template <class T>
+__device__ __forceinline__ void unstage(const T* __restrict__ staged, T* __restrict__ to, int elements) {
+  int done = 0;
+  if (is_aligned(to) && is_aligned(staged)) {
+    constexpr int n = kVector<T>;
+    done = elements / n * n;
+    for (int i = threadIdx.x * n; i < done; i += kThreads * n) {
+      *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(staged + i);
+    }
+  }
+  for (int i = done + threadIdx.x; i < elements; i += kThreads) to[i] = staged[i];
+}
+
+}  // namespace deepcontrol::cuda
