@@ -112,7 +112,12 @@ def free_memory() -> int | None:
 
 
 def extension(cuda: bool) -> Extension:
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])
+    # Plans are made without a GPU.
+    patterns = [
+        "csrc/*.cpp",
+        "csrc/cpu/*.cpp",
+        *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else ["csrc/cuda/plan.cpp"]),
+    ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         EXTENSION,

@@ -64,9 +64,9 @@ struct Shared {
 template <int kinds, class T, class A>
 __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan, const Maps& maps, const Run& run,
                                         Phase phase, const Shared<T>& shared, A* workspace) {
-  if (plan.lanes <= 32) {
+  if (plan.lanes() <= 32) {
 #pragma unroll
-    for (int kind = 0; kind < kinds; ++kind) sums[kind] = sum_lanes(sums[kind], 1, plan.lanes);
+    for (int kind = 0; kind < kinds; ++kind) sums[kind] = sum_lanes(sums[kind], 1, plan.lanes());
     return;
   }
   const int64_t all = maps.samples * maps.channels;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
     }
     return;
   }
-  sum_rows<kinds>(sums, 1, shared.scratch, shared.totals);
+  sum_rows<kinds>(sums, 0, shared.scratch, shared.totals);
   if (plan.cluster) sum_cluster(shared.totals, kinds, plan.parts, shared.sums);
 #pragma unroll
   for (int kind = 0; kind < kinds; ++kind) {
@@ -89,16 +89,17 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
   }
 }
 
-template <class T, int n, bool smooth>
+template <class T, int n, bool rectified>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
+  const bool smooth = !rectified && is_smooth(p.activation);
   const Shared<T> shared(plan, 1, 1);
-  const int lane = threadIdx.x % plan.lanes * n, team = threadIdx.x / plan.lanes, teams = kThreads / plan.lanes;
-  const int stride = plan.lanes * n;
-  const A pixels = static_cast<A>(p.maps.pixels);
-  const Piecewise<A> piecewise(p.activation, p.slope);
+  const int lane = (threadIdx.x & (plan.lanes() - 1)) * n, team = threadIdx.x >> plan.log_lanes;
+  const int teams = kThreads >> plan.log_lanes, stride = plan.lanes() * n;
+  const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
+  const Piecewise<A, rectified> piecewise(p.activation, p.slope);
   const int64_t bits_row = p.maps.bytes_of_bits_row();
   stage(at<T>(p.input, run.first), shared.staged, run.elements());
   copy_async_wait<0>();
@@ -130,55 +131,63 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       sum_map(sum, plan, p.maps, run, phase, shared, static_cast<A*>(p.workspace));
       if (phase == Phase::sums) return;
-      const A mean = sum[0] / pixels;
+      const A mean = sum[0] * per_pixel;
       removed *= mean;
       if (inside && lane == 0 && run.part == 0) *at<A>(p.map_mean, map) = p.mean_of_scaled ? gain * mean : mean;
     } else {
       removed = 0;
     }
 
+    const int64_t from = run.first + mine * p.maps.pixels;
     A sum[1] = {};
-    for (int start = 0; start < run.pixels; start += stride) {
-      const int i = start + lane;
-      const bool here = i < count;
-      const int64_t element = run.first + mine * p.maps.pixels + i;
-      unsigned bits = 0;
-      if (here) {
-        A y[n], residual[n] = {};
-        load<n>(staged + i, y);
-        if (p.residual) load_constant<n>(at<T>(p.residual, element), residual);
+    const auto apply = [&](auto with_extras) {
+      for (int start = 0; start < run.pixels; start += stride) {
+        const int i = start + lane;
+        const bool here = i < count;
+        unsigned passes = 0;
+        if (here) {
+          A y[n];
+          load<n>(staged + i, y);
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-          y[j] = (y[j] - removed) * gain + bias + residual[j];
-          if constexpr (!smooth) {
-            bits |= unsigned(piecewise.passes(y[j])) << j;
-            y[j] = piecewise.value(y[j]);
+          for (int j = 0; j < n; ++j) y[j] = (y[j] - removed) * gain + bias;
+          if (with_extras() && p.residual) {
+            A residual[n];
+            load_constant<n>(at<T>(p.residual, from + i), residual);
+#pragma unroll
+            for (int j = 0; j < n; ++j) y[j] += residual[j];
+          }
+          if (smooth) {
+            if (p.pre_activation) store<n>(at<T>(p.pre_activation, from + i), y);
+            apply_smooth(y, p.activation);
+          } else {
+            passes = piecewise(y);
+          }
+          if constexpr (n > 1) {
+            store<n>(at<T>(p.output, from + i), y);
+          } else {
+            staged[i] = narrow<T>(y[0]);
+          }
+          if (with_extras() && p.output_mean) {
+            round_to<T>(y);
+#pragma unroll
+            for (int j = 0; j < n; ++j) sum[0] += y[j];
           }
         }
-        if constexpr (smooth) {
-          if (p.pre_activation) store<n>(at<T>(p.pre_activation, element), y);
-#pragma unroll
-          for (int j = 0; j < n; ++j) y[j] = smooth_value(y[j], p.activation);
-        }
-        if constexpr (n > 1) {
-          store<n>(at<T>(p.output, element), y);
-        } else {
-          staged[i] = narrow<T>(y[0]);
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) sum[0] += rounded<T>(y[j]);
-      }
-      if constexpr (!smooth) {
         if (!p.bits) continue;
-        const unsigned byte = gather_byte<n>(bits);
+        const unsigned byte = gather_byte<n>(passes);
         if (here && i % 8 == 0) p.bits[map * bits_row + (run.begin + i) / 8] = static_cast<uint8_t>(byte);
       }
+    };
+    if (p.residual || p.output_mean) {
+      apply(std::true_type{});
+    } else {
+      apply(std::false_type{});
     }
 
     if (plan.cluster && p.map_mean) cluster_wait();
     if (!p.output_mean) continue;
     sum_map(sum, plan, p.maps, run, Phase::whole, shared, static_cast<A*>(nullptr));
-    if (inside && lane == 0 && run.part == 0) *at<A>(p.output_mean, map) = sum[0] / pixels;
+    if (inside && lane == 0 && run.part == 0) *at<A>(p.output_mean, map) = sum[0] * per_pixel;
     if (plan.cluster) cluster_wait();
   }
 
@@ -188,19 +197,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-template <class T, int n, bool smooth>
+template <class T, int n, bool rectified>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
+  const bool smooth = !rectified && is_smooth(p.activation);
   const Shared<T> shared(plan, smooth ? 2 : 1, 2);
-  const int lane = threadIdx.x % plan.lanes * n, team = threadIdx.x / plan.lanes, teams = kThreads / plan.lanes;
-  const int stride = plan.lanes * n;
+  const int lane = (threadIdx.x & (plan.lanes() - 1)) * n, team = threadIdx.x >> plan.log_lanes;
+  const int teams = kThreads >> plan.log_lanes, stride = plan.lanes() * n;
+  const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
   const bool needs_sums = p.centred || p.sums || p.dots;
-  const Piecewise<A> piecewise(p.activation, p.slope);
+  const Piecewise<A, rectified> piecewise(p.activation, p.slope);
   const int64_t bits_row = p.maps.bytes_of_bits_row();
   stage(at<T>(p.grad_output, run.first), shared.staged, run.elements());
-  if constexpr (smooth) stage(at<T>(p.pre_activation, run.first), shared.staged_too, run.elements());
+  if (smooth) stage(at<T>(p.pre_activation, run.first), shared.staged_too, run.elements());
   copy_async_wait<0>();
   __syncthreads();
 
@@ -216,16 +227,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     // The gradient in front of the activation.
     const auto error = [&](int i, A (&e)[n]) {
       load<n>(shared.staged + staged + i, e);
-      if constexpr (smooth) {
+      if (smooth) {
         A pre[n];
         load<n>(shared.staged_too + staged + i, pre);
 #pragma unroll
         for (int j = 0; j < n; ++j) e[j] *= smooth_derivative(pre[j], p.activation);
       } else if (p.bits) {
         const int64_t pixel = run.begin + i;
-        const unsigned byte = __ldg(p.bits + map * bits_row + pixel / 8) >> (pixel % 8);
-#pragma unroll
-        for (int j = 0; j < n; ++j) e[j] = piecewise.backward(e[j], byte >> j & 1u);
+        piecewise.backward(e, __ldg(p.bits + map * bits_row + pixel / 8) >> (n == 8 ? 0 : pixel % 8));
       }
     };
 
@@ -253,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       sum_map(sums, plan, p.maps, run, phase, shared, static_cast<A*>(p.workspace));
       if (phase == Phase::sums) return;
-      removed *= p.centred ? sums[0] / static_cast<A>(p.maps.pixels) : A(0);
+      removed *= p.centred ? sums[0] * per_pixel : A(0);
       if (inside && lane == 0 && run.part == 0) {
         if (p.sums) *at<A>(p.sums, map) = sums[0];
         if (p.dots) *at<A>(p.dots, map) = sums[1];
@@ -289,14 +298,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 cudaError_t launch_center_forward_nchw(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
   return run_center(p, plan, p.map_mean != nullptr, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return is_smooth(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
+    return is_rectified(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
   });
 }
 
 cudaError_t launch_center_backward_nchw(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
   return run_center(p, plan, p.centred || p.sums || p.dots, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return is_smooth(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
+    return is_rectified(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
   });
 }
 

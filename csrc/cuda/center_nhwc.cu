@@ -26,11 +26,12 @@ struct Place {
   bool inside;     // has channels
 
   __device__ Place(const Maps& maps, const CenterPlan& plan, int n) {
-    const int column = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = kThreads / plan.lanes;
+    const int column = threadIdx.x & (plan.lanes() - 1), group = threadIdx.x >> plan.log_lanes;
+    const int log_groups = kLogThreads - plan.log_lanes, groups = 1 << log_groups;
     const unsigned block = blockIdx.x / unsigned(plan.parts);
     part = blockIdx.x % unsigned(plan.parts);
     sample = block / unsigned(plan.tiles);
-    tile = int64_t(block % unsigned(plan.tiles)) * (plan.lanes * n);
+    tile = int64_t(block % unsigned(plan.tiles)) * (plan.lanes() * n);
     channel = tile + column * n;
     inside = channel < maps.channels;
     const int64_t begin = part * plan.part;
@@ -39,8 +40,8 @@ struct Place {
     pixel = begin + group;
     first = (sample * maps.pixels + pixel) * maps.channels + channel;
     stride = groups * maps.channels;
-    steps = (height + groups - 1) / groups;
-    pixels = inside && group < height ? (height - group + groups - 1) / groups : 0;
+    steps = (height + groups - 1) >> log_groups;
+    pixels = inside && group < height ? (height - group + groups - 1) >> log_groups : 0;
   }
 };
 
@@ -50,7 +51,8 @@ __device__ __forceinline__ int slot(int step) { return step * kThreads + threadI
 template <int n, class T>
 __device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict__ staged, const Place& place) {
   if constexpr (n > 1) {
-    for (int k = 0; k < place.pixels; ++k) copy_async_16(staged + slot(k) * n, from + k * place.stride);
+#pragma unroll 4
+    for (int k = 0; k < place.pixels; ++k, from += place.stride) copy_async_16(staged + slot(k) * n, from);
     copy_async_commit();
   } else {
 #pragma unroll 8
@@ -72,12 +74,13 @@ struct Shared {
   // The same count as Planner::shared_nhwc, and of the plan alone: where a cluster's block reads its neighbour's sums, they
   // must lie where its own do, also if one has fewer pixels.
   __device__ Shared(const CenterPlan& plan, int tensors, int kinds) {
-    const int groups = kThreads / plan.lanes, steps = (static_cast<int>(plan.part) + groups - 1) / groups;
-    const int elements = steps * kThreads * n, width = plan.lanes * n;
+    const int log_groups = kLogThreads - plan.log_lanes;
+    const int steps = (static_cast<int>(plan.part) + (1 << log_groups) - 1) >> log_groups;
+    const int elements = steps * kThreads * n, width = plan.lanes() * n;
     staged = reinterpret_cast<T*>(dynamic_shared());
     staged_too = staged + elements;
     scratch = reinterpret_cast<A*>(staged + tensors * elements);
-    totals = scratch + scratch_elements(plan.lanes, n);
+    totals = scratch + scratch_elements(plan.lanes(), n);
     sums = totals + kinds * width;
     bits = reinterpret_cast<uint8_t*>(sums + kinds * width);
   }
@@ -107,14 +110,14 @@ __device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& map
   __syncthreads();
 }
 
-template <class T, int n, bool smooth>
+template <class T, int n, bool rectified>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
   const Shared<T, n> shared(plan, 1, 1);
-  const int width = plan.lanes * n, column = threadIdx.x % plan.lanes;
-  const A pixels = static_cast<A>(p.maps.pixels);
+  const int width = plan.lanes() * n, column = threadIdx.x & (plan.lanes() - 1);
+  const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
   stage<n>(at<T>(p.input, place.first), shared.staged, place);
   A gain[n], bias[n], removed[n];
   load_vector(p.gain, place.channel, place.inside, A(1), gain);
@@ -132,15 +135,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
         for (int j = 0; j < n; ++j) sum[j] += x[j];
       }
-      sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
+      sum_rows<n>(sum, plan.log_lanes, shared.scratch, shared.totals);
     }
     sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
     if (phase == Phase::sums) return;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      const A mean = shared.sums[column * n + j] / pixels;
+      const A mean = shared.sums[column * n + j] * per_pixel;
       removed[j] *= mean;
-      if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+      if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
         at<A>(p.map_mean, place.sample * p.maps.channels)[place.channel + j] = p.mean_of_scaled ? gain[j] * mean : mean;
       }
     }
@@ -149,71 +152,83 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int j = 0; j < n; ++j) removed[j] = 0;
   }
 
-  const Piecewise<A> piecewise(p.activation, p.slope);
+  const Piecewise<A, rectified> piecewise(p.activation, p.slope);
+  const bool smooth = !rectified && is_smooth(p.activation);
+  const int groups = kThreads >> plan.log_lanes;
   const int64_t bits_row = p.maps.bytes_of_bits_row();
+  const int64_t first_pixel = place.sample * p.maps.pixels + place.pixel;
+  uint8_t* bits = p.bits ? p.bits + first_pixel * bits_row + place.channel / 8 : nullptr;
   A sum[n] = {};
+  const auto apply = [&](auto with_extras) {
+    int64_t element = place.first;
 #pragma unroll 2
-  for (int k = 0; k < place.steps; ++k) {
-    const bool here = k < place.pixels;
-    const int64_t element = place.first + k * place.stride;
-    unsigned bits = 0;
-    if (here) {
-      A y[n], residual[n] = {};
-      load<n>(shared.staged + slot(k) * n, y);
-      if (p.residual) load_constant<n>(at<T>(p.residual, element), residual);
+    for (int k = 0; k < place.steps; ++k, element += place.stride) {
+      const bool here = k < place.pixels;
+      unsigned passes = 0;
+      if (here) {
+        A y[n];
+        load<n>(shared.staged + slot(k) * n, y);
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        y[j] = (y[j] - removed[j]) * gain[j] + bias[j] + residual[j];
-        if constexpr (!smooth) {
-          bits |= unsigned(piecewise.passes(y[j])) << j;
-          y[j] = piecewise.value(y[j]);
+        for (int j = 0; j < n; ++j) y[j] = (y[j] - removed[j]) * gain[j] + bias[j];
+        if (with_extras() && p.residual) {
+          A residual[n];
+          load_constant<n>(at<T>(p.residual, element), residual);
+#pragma unroll
+          for (int j = 0; j < n; ++j) y[j] += residual[j];
+        }
+        if (smooth) {
+          if (p.pre_activation) store<n>(at<T>(p.pre_activation, element), y);
+          apply_smooth(y, p.activation);
+        } else {
+          passes = piecewise(y);
+        }
+        store<n>(at<T>(p.output, element), y);
+        if (with_extras() && p.output_mean) {
+          round_to<T>(y);
+#pragma unroll
+          for (int j = 0; j < n; ++j) sum[j] += y[j];
         }
       }
-      if constexpr (smooth) {
-        if (p.pre_activation) store<n>(at<T>(p.pre_activation, element), y);
-#pragma unroll
-        for (int j = 0; j < n; ++j) y[j] = smooth_value(y[j], p.activation);
-      }
-      store<n>(at<T>(p.output, element), y);
-      if (p.output_mean) {
-#pragma unroll
-        for (int j = 0; j < n; ++j) sum[j] += rounded<T>(y[j]);
-      }
+      if (!bits) continue;
+      const unsigned byte = gather_byte<n>(passes);
+      if (here && place.channel % 8 == 0) *bits = static_cast<uint8_t>(byte);
+      bits += groups * bits_row;
     }
-    if constexpr (!smooth) {
-      if (!p.bits) continue;
-      const unsigned byte = gather_byte<n>(bits);
-      const int64_t pixel = place.sample * p.maps.pixels + place.pixel + int64_t(k) * (kThreads / plan.lanes);
-      if (here && place.channel % 8 == 0) p.bits[pixel * bits_row + place.channel / 8] = static_cast<uint8_t>(byte);
-    }
+  };
+  // The plain case stands alone, since every instruction of the loop counts there.
+  if (p.residual || p.output_mean) {
+    apply(std::true_type{});
+  } else {
+    apply(std::false_type{});
   }
 
   if (plan.cluster && p.map_mean) cluster_wait();
   if (!p.output_mean) return;
-  sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
+  sum_rows<n>(sum, plan.log_lanes, shared.scratch, shared.totals);
   sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(nullptr));
-  if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+  if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      at<A>(p.output_mean, place.sample * p.maps.channels)[place.channel + j] = shared.sums[column * n + j] / pixels;
+      at<A>(p.output_mean, place.sample * p.maps.channels)[place.channel + j] = shared.sums[column * n + j] * per_pixel;
     }
   }
   if (plan.cluster) cluster_wait();
 }
 
-template <class T, int n, bool smooth>
+template <class T, int n, bool rectified>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
+  const bool smooth = !rectified && is_smooth(p.activation);
   const Shared<T, n> shared(plan, smooth ? 2 : 1, 2);
-  const int width = plan.lanes * n, column = threadIdx.x % plan.lanes;
-  const Piecewise<A> piecewise(p.activation, p.slope);
+  const int width = plan.lanes() * n, column = threadIdx.x & (plan.lanes() - 1);
+  const Piecewise<A, rectified> piecewise(p.activation, p.slope);
   stage<n>(at<T>(p.grad_output, place.first), shared.staged, place);
-  if constexpr (smooth) {
+  if (smooth) {
     stage<n>(at<T>(p.pre_activation, place.first), shared.staged_too, place);
   } else if (p.bits) {
-    const int64_t bits_row = p.maps.bytes_of_bits_row(), stride = kThreads / plan.lanes * bits_row;
+    const int64_t bits_row = p.maps.bytes_of_bits_row(), stride = (kThreads >> plan.log_lanes) * bits_row;
     const uint8_t* from = p.bits + (place.sample * p.maps.pixels + place.pixel) * bits_row + place.channel / 8;
 #pragma unroll 8
     for (int k = 0; k < place.pixels; ++k) shared.bits[slot(k)] = __ldg(from + k * stride);
@@ -226,15 +241,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   // The gradient in front of the activation.
   const auto error = [&](int k, A (&e)[n]) {
     load<n>(shared.staged + slot(k) * n, e);
-    if constexpr (smooth) {
+    if (smooth) {
       A pre[n];
       load<n>(shared.staged_too + slot(k) * n, pre);
 #pragma unroll
       for (int j = 0; j < n; ++j) e[j] *= smooth_derivative(pre[j], p.activation);
     } else if (p.bits) {
-      const unsigned byte = shared.bits[slot(k)] >> (place.channel % 8);
-#pragma unroll
-      for (int j = 0; j < n; ++j) e[j] = piecewise.backward(e[j], byte >> j & 1u);
+      piecewise.backward(e, shared.bits[slot(k)] >> (n == 8 ? 0 : place.channel % 8));
     }
   };
 
@@ -255,17 +268,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int j = 0; j < n; ++j) dot[j] += e[j] * x[j];
         }
       }
-      sum_rows<n>(sum, plan.lanes, shared.scratch, shared.totals);
-      if (p.dots) sum_rows<n>(dot, plan.lanes, shared.scratch, shared.totals + width);
+      sum_rows<n>(sum, plan.log_lanes, shared.scratch, shared.totals);
+      if (p.dots) sum_rows<n>(dot, plan.log_lanes, shared.scratch, shared.totals + width);
     }
     sum_maps(plan, p.maps, place, phase, kinds, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
     if (phase == Phase::sums) return;
     const int64_t row = place.sample * p.maps.channels + place.channel;
+    const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const A sum = shared.sums[column * n + j];
-      removed[j] *= p.centred ? sum / static_cast<A>(p.maps.pixels) : A(0);
-      if (place.part == 0 && threadIdx.x < plan.lanes && place.inside) {
+      removed[j] *= p.centred ? sum * per_pixel : A(0);
+      if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
         if (p.sums) at<A>(p.sums, row)[j] = sum;
         if (p.dots) at<A>(p.dots, row)[j] = shared.sums[width + column * n + j];
       }
@@ -276,9 +290,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   if (p.grad_input || p.grad_residual) {
+    int64_t element = place.first;
 #pragma unroll 2
-    for (int k = 0; k < place.pixels; ++k) {
-      const int64_t element = place.first + k * place.stride;
+    for (int k = 0; k < place.pixels; ++k, element += place.stride) {
       A e[n];
       error(k, e);
       if (p.grad_residual) store<n>(at<T>(p.grad_residual, element), e);
@@ -295,14 +309,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 cudaError_t launch_center_forward_nhwc(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
   return run_center(p, plan, p.map_mean != nullptr, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return is_smooth(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
+    return is_rectified(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
   });
 }
 
 cudaError_t launch_center_backward_nhwc(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
   return run_center(p, plan, p.centred || p.sums || p.dots, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return is_smooth(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
+    return is_rectified(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
   });
 }
 

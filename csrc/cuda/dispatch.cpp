@@ -122,7 +122,8 @@ struct Centring {
     const Tensor workspace = at::empty({plan.workspace(p.maps)}, sums);
     p.workspace = mutable_data(workspace);
     if (workspace.numel()) p.output_mean = nullptr;
-    C10_CUDA_CHECK(launch_center_forward(p, plan, scope.stream()));
+    const auto launch = p.maps.channels_innermost ? launch_center_forward_nhwc : launch_center_forward_nchw;
+    C10_CUDA_CHECK(launch(p, plan, scope.stream()));
     // A map that does not fit on chip costs one more read.
     if (output_mean && !p.output_mean) result.output_mean = output.flatten(2).mean(2, false, accumulation_type(z));
     return result;
@@ -181,7 +182,8 @@ Error center_error(const Scope& scope, const Tensor& grad_output, const Tensor& 
       plan_center({p.maps, p.dtype, aligned, needs_sums, staged, p.bits != nullptr, 2}, scope.device);
   const Tensor workspace = at::empty({2 * plan.workspace(p.maps)}, sums);
   p.workspace = mutable_data(workspace);
-  C10_CUDA_CHECK(launch_center_backward(p, plan, scope.stream()));
+  const auto launch = p.maps.channels_innermost ? launch_center_backward_nhwc : launch_center_backward_nchw;
+  C10_CUDA_CHECK(launch(p, plan, scope.stream()));
   return result;
 }
 
@@ -397,6 +399,7 @@ Tensor finish_weight_grad_(Tensor grad_weight, const Tensor& weight, const Optio
 
 // One launch for each device and dtype that there is.
 void project_kernel_gradients_(at::TensorList gradients, double weight) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<Tensor> changed, dense_gradients;
   for (const Tensor& gradient : gradients) {
     if (!has_taps(gradient)) continue;

@@ -29,7 +29,6 @@ struct CenterForward {
 };
 cudaError_t launch_center_forward_nhwc(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream);
 cudaError_t launch_center_forward_nchw(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream);
-cudaError_t launch_center_forward(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream);
 
 struct CenterBackward {
   Maps maps;
@@ -52,7 +51,6 @@ struct CenterBackward {
 };
 cudaError_t launch_center_backward_nhwc(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream);
 cudaError_t launch_center_backward_nchw(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream);
-cudaError_t launch_center_backward(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream);
 
 // Sums over the samples: grad_bias = sum of sums; grad_mean_scale = - scale * sum of map_mean * sums;
 // grad_gain = sum of dots - mean_scale * map_mean * sums. Each (C) and only where not null.

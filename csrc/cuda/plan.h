@@ -5,7 +5,8 @@
 
 namespace deepcontrol::cuda {
 
-constexpr int kThreads = 256;
+constexpr int kLogThreads = 8;
+constexpr int kThreads = 1 << kLogThreads;
 constexpr int kWarps = kThreads / 32;
 
 // Blocks a multiprocessor that the register budget leaves room for, so that some load while others store.
@@ -26,7 +27,7 @@ struct Device {
 // How center and center_backward are cut into blocks; made by plan_center.
 struct CenterPlan {
   bool vectorized;  // 16 bytes an access, else one element
-  int lanes;        // threads side by side: along a row of channels, or along one map
+  int log_lanes;    // of the threads side by side: along a row of channels, or along one map
   int tiles;        // of channels, where they are innermost
   int maps;         // of a block, where the pixels are innermost
   int64_t part;     // pixels of a map that one block has
@@ -35,6 +36,7 @@ struct CenterPlan {
   int64_t blocks;
   int64_t shared;  // bytes a block
 
+  constexpr int lanes() const { return 1 << log_lanes; }
   // Elements of partial sums between two launches, for one kind of sum.
   int64_t workspace(const Maps& of) const { return parts > 1 && !cluster ? of.samples * of.channels * parts : 0; }
 };

@@ -13,6 +13,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return deepcontrol_shared_memory;
 }
 
+// One store of sixteen bytes to global memory. A plain one is now and then split into four by the compiler. It is not
+// told that memory changes: nothing here reads back what it has written.
+__device__ __forceinline__ void store_16(void* global, const uint4& value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w));
+}
+
 // Sixteen bytes from global to shared memory, past the registers and the first-level cache. Both addresses are
 // aligned. Visible to this thread after a wait, to the others after a barrier behind it.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {

@@ -17,22 +17,23 @@ __device__ __forceinline__ A sum_lanes(A value, int step, int span) {
   return value;
 }
 
-// Each thread of a block holds sums of `n` channels, those of column threadIdx.x % columns. Writes to totals[0 .. columns
-// * n) their sums over the block, for all threads to read. `scratch` holds scratch_elements(columns, n).
+// Each thread of a block holds sums of `n` channels, those of column threadIdx.x % columns, where columns is 2^log_columns.
+// Writes to totals[0 .. columns * n) their sums over the block, for all threads to read. `scratch` holds
+// scratch_elements(columns, n).
 template <int n, class A>
-__device__ __forceinline__ void sum_rows(const A (&sums)[n], int columns, A* scratch, A* totals) {
-  const int thread = threadIdx.x, lane = thread % 32, column = thread % columns;
-  const int group = columns <= 32 ? thread / 32 : thread / columns, width = columns * n;
+__device__ __forceinline__ void sum_rows(const A (&sums)[n], int log_columns, A* scratch, A* totals) {
+  const unsigned thread = threadIdx.x, lane = thread % 32, columns = 1u << log_columns, width = columns * n;
+  const unsigned column = thread & (columns - 1), group = thread >> (log_columns < 5 ? 5 : log_columns);
 #pragma unroll
   for (int j = 0; j < n; ++j) {
     const A sum = columns < 32 ? sum_lanes(sums[j], columns, 32) : sums[j];
-    if (columns >= 32 || lane < columns) scratch[group * width + column * n + j] = sum;
+    if (lane < columns) scratch[group * width + column * n + j] = sum;
   }
   __syncthreads();
-  const int groups = row_groups(columns);
-  for (int c = thread; c < width; c += kThreads) {
+  const unsigned groups = kThreads >> (log_columns < 5 ? 5 : log_columns);
+  for (unsigned c = thread; c < width; c += kThreads) {
     A total = 0;
-    for (int g = 0; g < groups; ++g) total += scratch[g * width + c];
+    for (unsigned g = 0; g < groups; ++g) total += scratch[g * width + c];
     totals[c] = total;
   }
   __syncthreads();

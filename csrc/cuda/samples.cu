@@ -9,7 +9,8 @@
 namespace deepcontrol::cuda {
 namespace {
 
-constexpr int kColumns = 32;
+constexpr int kLogColumns = 5;
+constexpr int kColumns = 1 << kLogColumns;
 constexpr int kKinds = 3;
 
 template <class A>
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) add_samples(const __grid_constant__ 
   }
   A* scratch = reinterpret_cast<A*>(dynamic_shared());
   A* totals = scratch + scratch_elements(kColumns, kKinds);
-  sum_rows<kKinds>(total, kColumns, scratch, totals);
+  sum_rows<kKinds>(total, kLogColumns, scratch, totals);
   if (!inside || threadIdx.x >= kColumns) return;
   const A sum = totals[threadIdx.x * kKinds], dot = totals[threadIdx.x * kKinds + 1];
   const A removed = totals[threadIdx.x * kKinds + 2];

@@ -33,7 +33,7 @@ __device__ __forceinline__ void unstage(const T* __restrict__ staged, T* __restr
     constexpr int n = kVector<T>;
     done = elements / n * n;
     for (int i = threadIdx.x * n; i < done; i += kThreads * n) {
-      *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(staged + i);
+      store_16(to + i, *reinterpret_cast<const uint4*>(staged + i));
     }
   }
   for (int i = done + threadIdx.x; i < elements; i += kThreads) to[i] = staged[i];

@@ -1,9 +1,7 @@
-// Plans for center and center_backward, and the choice of the kernel by layout.
+#include "plan.h"
 
 #include <algorithm>
 #include <utility>
-
-#include "params.h"
 
 namespace deepcontrol::cuda {
 
@@ -27,8 +25,9 @@ class Planner {
   CenterPlan plan() const { return c_.maps.channels_innermost ? nhwc() : nchw(); }
 
  private:
-  // Four blocks, or two, of a multiprocessor: some load while others store.
-  int64_t preferred() const { return device_.shared_memory / 4 - 1024; }
+  // As many blocks of a multiprocessor as its registers have room for, or two: some load while others store. Each block
+  // costs 1 KiB more than it asks for.
+  int64_t preferred() const { return device_.shared_memory / kBlocks - 1024; }
   int64_t tolerable() const { return device_.shared_memory / 2 - 1024; }
 
   // The same count as Shared in center_nhwc.cu.
@@ -47,7 +46,7 @@ class Planner {
   CenterPlan cut(int lanes, int parts, bool cluster) const {
     CenterPlan plan{};
     plan.vectorized = n_ > 1;
-    plan.lanes = lanes;
+    while (plan.lanes() < lanes) ++plan.log_lanes;
     plan.maps = plan.tiles = 1;
     // Whole bytes of bits, and whole vectors, to every part of a map.
     plan.part = ceil_divide(ceil_divide(c_.maps.pixels, parts), 8) * 8;
@@ -112,8 +111,8 @@ class Planner {
   // A small batch on all multiprocessors: larger clusters, as long as every thread has something to do.
   CenterPlan occupied(CenterPlan plan) const {
     while (clusters_ && plan.blocks < device_.processors && plan.parts < kMostBlocksOfCluster &&
-           plan.part >= 2 * (kThreads / plan.lanes)) {
-      plan = cut(plan.lanes, plan.parts * 2, true);
+           plan.part >= 2 * (kThreads / plan.lanes())) {
+      plan = cut(plan.lanes(), plan.parts * 2, true);
     }
     return plan;
   }
@@ -151,13 +150,5 @@ class Planner {
 }  // namespace
 
 CenterPlan plan_center(const CenterCase& c, const Device& device) { return Planner(c, device).plan(); }
-
-cudaError_t launch_center_forward(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return (p.maps.channels_innermost ? launch_center_forward_nhwc : launch_center_forward_nchw)(p, plan, stream);
-}
-
-cudaError_t launch_center_backward(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return (p.maps.channels_innermost ? launch_center_backward_nhwc : launch_center_backward_nchw)(p, plan, stream);
-}
 
 }  // namespace deepcontrol::cuda
