@@ -33,12 +33,13 @@ endef
 # Recipes hand each of their lines to a shell of its own, so these get there as a variable.
 export CHECK_PYTHON DESCRIBE
 
-.PHONY: help demo test bench build lint clean distclean FORCE
+.PHONY: help demo test bench gpu build lint clean distclean FORCE
 
 help:
 	@echo 'make demo       train a small net with Batch Norm and with Deep Control, write report/'
 	@echo 'make test       run the tests; ARGS="-k name" goes to pytest'
 	@echo 'make bench      time the layers; ARGS goes to the benchmark'
+	@echo 'make gpu        on a machine with a GPU: build for it, test, time, and record which kernels are proven'
 	@echo 'make build      build the extension in place'
 	@echo 'make lint       check style with ruff'
 	@echo 'make clean      remove what was built; distclean removes .venv too'
@@ -55,6 +56,12 @@ test: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(PY) -m bench layers $(ARGS)
+
+# Looks first for what is missing: building for nothing would take minutes.
+gpu: build/environment
+	@architecture=$$($(PY) -m bench gpu --architecture) \
+		&& DEEPCONTROL_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST-$$architecture} $(BUILD)
+	$(PY) -m bench gpu $(ARGS)
 
 # Always runs, unlike $(EXTENSION), so that it also mends an extension that another build has put there.
 build: build/environment

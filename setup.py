@@ -88,8 +88,8 @@ def find_nvcc() -> str | None:
 def architectures(flags: str) -> str:
     """What TORCH_CUDA_ARCH_LIST is set to where the user has not: those that torch itself runs on, from 8.0 up.
 
-    ``flags`` is how torch was built, for instance "sm_75 sm_80 sm_90 compute_90". The newest also gets PTX, for GPUs that
-    come after it.
+    ``flags`` is how torch was built, for instance "sm_75 sm_80 sm_90 compute_90". The newest also gets PTX, for GPUs
+    that come after it.
     """
     found = sorted({int(word[3:]) for word in flags.split() if word.startswith("sm_") and word[3:].isdigit()})
     names = [f"{number // 10}.{number % 10}" for number in found if number >= 80]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from deepcontrol_cuda import backends
 
-from . import memory, overhead, peers, record, report, runner
+from . import gpu, memory, overhead, peers, record, report, runner
 from .cases import SETS
 from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
 
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pass
     except OSError as error:
         return _fail(f"--output: cannot write into {options.output}: {error.strerror}")
+    if options.run is _gpu:
+        return _gpu(options)
     if reason := backends.available()["cpu"]:
         return _fail(f"backend 'cpu': {reason}")
     if options.threads is not None:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Deep Control on this machine's CPU.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Deep Control on this machine.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, help: str, layouts: Sequence[str]) -> argparse.ArgumentParser:
@@ -72,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = command("overhead", _overhead, "time one tiny layer: Python's and the dispatcher's share", LAYOUTS[:1])
     tiny.add_argument("--repeats", type=_repeats, default=2000, help="default: 2000")
+
+    help = "test, check and time the kernels on this machine's GPU, and write down which of them are proven"
+    proof = commands.add_parser("gpu", help=help, description=help)
+    proof.add_argument("--architecture", action="store_true", help="only print what TORCH_CUDA_ARCH_LIST should be")
+    proof.add_argument("--repeats", type=_repeats, default=30, help="default: 30")
+    proof.add_argument("--seconds", type=_positive, default=450, help="time for all of it (default: 450)")
+    proof.add_argument("--commit", help="what to record where this is no git checkout")
+    proof.add_argument("--output", type=Path, default=_RESULTS, help="folder for the JSON (default: bench/results)")
+    proof.set_defaults(run=_gpu)
     return parser
 
 
@@ -171,6 +182,15 @@ def _overhead(options: argparse.Namespace) -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    if lacks := gpu.missing():
+        return _fail("make gpu needs " + "\n       and ".join(lacks))
+    if options.architecture:
+        print(gpu.architecture(torch.cuda.get_device_capability()))
+        return 0
+    return gpu.run(options.output, options.seconds, options.repeats, options.commit)
 
 
 def _fail(message: str) -> int:

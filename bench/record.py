@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -48,6 +49,26 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def gpu() -> dict[str, object]:
+    """The current GPU and what drives it."""
+    properties = torch.cuda.get_device_properties("cuda")
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (IndexError, OSError, subprocess.SubprocessError):
+        driver = None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def versions() -> dict[str, object]:
@@ -92,9 +113,10 @@ def collect(command: str, **conditions: object) -> dict[str, object]:
 
 
 def write(record: dict[str, object], folder: Path) -> Path:
-    """Write ``record`` under a name made of its date, processor and command; no earlier run is overwritten."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["cpu"]).lower()).strip("-")
-    stem = f"{record['date']}_cpu_{cpu}_{record['command']}"
+    """Write ``record`` under a name made of its date, GPU or processor, and command; no earlier run is overwritten."""
+    kind, name = ("gpu", record["gpu"]["name"]) if "gpu" in record else ("cpu", record["machine"]["cpu"])
+    name = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    stem = f"{record['date']}_{kind}_{name}_{record['command']}"
     text = json.dumps(record, indent=1) + "\n"
     number = 1
     while True:

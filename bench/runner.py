@@ -80,13 +80,15 @@ def measure(
         for name in names
     }
     with backends.use("cpu"):
-        accuracies = _check(steps["ours"], f"ours at {shape}, {setting}")
+        accuracies = check(steps["ours"], f"ours at {shape}, {setting}")
         times = interleaved(steps, repeats, progress)
     return Row(setting, str(shape), times, accuracies)
 
 
-def _check(step: Step, what: str) -> dict[str, Accuracy]:
+def check(step: Step, what: str) -> dict[str, Accuracy]:
     """Errors of ``step`` within twice the reference's in the same dtype plus one unit in the last place.
+
+    In float64 the reference is what is compared with, so there it is eight units.
 
     Ours sums the gradient of gain from the weight gradient and the reference from the maps, so ours may be as far off
     as the reference's weight gradient is.
@@ -94,7 +96,7 @@ def _check(step: Step, what: str) -> dict[str, Accuracy]:
     errors = step.errors()
     with backends.use("reference"):
         reference_errors = step.errors()
-    rounding = torch.finfo(step.x.dtype).eps
+    rounding = torch.finfo(step.x.dtype).eps * (8 if step.x.dtype == torch.float64 else 1)
     accuracies = {}
     for name, error in errors.items():
         sources = [name, "gradient of weight"] if name == "gradient of gain" else [name]

@@ -1,7 +1,7 @@
 """Loads the compiled extension, or keeps the reason why it cannot be loaded.
 
-After import, ``torch.ops.deepcontrol`` holds the ops of ``csrc/ops.cpp`` if and only if ``unavailable`` is None. Their
-shape functions for ``torch.compile`` (fakes) are registered here, and only then.
+After import, ``torch.ops.deepcontrol`` holds the ops of ``csrc/ops.cpp`` if and only if ``unavailable`` is None. The
+shape functions for ``torch.compile`` (fakes) are registered by ``bind``, for ops that exist and for no others.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
 from . import activations
@@ -86,10 +88,14 @@ def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _accumulation(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums and map means."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _center_results(output: Tensor, format: torch.memory_format, centred: bool, activation: str, save: bool):
     """(output, map_mean, saved) as the kernels return them for an output like ``output``."""
-    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=dtype)
+    map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=_accumulation(output))
     if save and activation in activations.PIECEWISE:
         innermost = channels_innermost(output.shape, format)
         saved = output.new_empty(bits_shape(output.shape, innermost), dtype=torch.uint8)
@@ -101,29 +107,60 @@ def _center_results(output: Tensor, format: torch.memory_format, centred: bool, 
 
 
 def _vector_grads(channels: int, like: Tensor, wanted) -> list[Tensor | None]:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [like.new_empty((channels,), dtype=dtype) if want else None for want in wanted]
+    return [like.new_empty((channels,), dtype=_accumulation(like)) if want else None for want in wanted]
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=memory_format(tensor))
 
 
-def _register_fakes() -> None:
-    fake = torch.library.register_fake
+class Ops(NamedTuple):
+    """The ops of one namespace that Python calls."""
 
-    @fake("deepcontrol::center")
+    center: OpOverload
+    center_backward: OpOverload
+    conv_center: OpOverload
+    conv_center_backward: OpOverload
+    project_kernel_gradients_: OpOverload
+
+
+_bound: dict[str, Ops] = {}
+
+
+def bind(namespace: str) -> Ops:
+    """The ops of a namespace with the schemas of ``csrc/ops.cpp``; registers their fakes the first time."""
+    if namespace not in _bound:
+        _register_fakes(namespace)
+        library = getattr(torch.ops, namespace)
+        _bound[namespace] = Ops(*(getattr(library, name).default for name in Ops._fields))
+    return _bound[namespace]
+
+
+def _register_fakes(namespace: str) -> None:
+    library = getattr(torch.ops, namespace)
+
+    def fake(name: str):
+        exists = hasattr(library, name)
+        return torch.library.register_fake(f"{namespace}::{name}") if exists else lambda function: function
+
+    @fake("center")
     def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
         centred = mean_scale is not None or constant != 0.0
         return _center_results(_dense_like(input), memory_format(input), centred, activation, save)
 
-    @fake("deepcontrol::center_backward")
+    @fake("center_with_mean")
+    def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
+        centred = mean_scale is not None or constant != 0.0
+        output, map_mean, saved = _center_results(_dense_like(input), memory_format(input), centred, activation, save)
+        return output, map_mean, saved, input.new_empty(input.shape[:2], dtype=_accumulation(input))
+
+    @fake("center_backward")
     def _(grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask):
         grads = _vector_grads(grad_output.shape[1], grad_output, mask[1:4])
         like = [_dense_like(grad_output) if want else None for want in (mask[0], mask[4])]
         return like[0], *grads, like[1]
 
-    @fake("deepcontrol::conv_center")
+    @fake("conv_center")
     def _(input, weight, gain, mean_scale, constant, bias, residual, stride, padding, dilation, groups, activation,
           slope, save):  # fmt: skip
         zeros = [0] * len(stride)
@@ -132,7 +169,7 @@ def _register_fakes() -> None:
         output = torch.empty_like(z, memory_format=format)
         return _center_results(output, format, mean_scale is not None or constant != 0.0, activation, save)
 
-    @fake("deepcontrol::conv_center_backward")
+    @fake("conv_center_backward")
     def _(grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,
           activation, slope, projection, mask):  # fmt: skip
         operands = [_dense_like(t) if want else None for t, want in zip((input, weight), mask)]
@@ -140,18 +177,14 @@ def _register_fakes() -> None:
         grad_residual = torch.empty_like(grad_output, memory_format=conv_memory_format(input, weight))
         return *operands, *vectors, grad_residual if mask[5] else None
 
-    @fake("deepcontrol::window_mean")
+    @fake("window_mean")
     def _(input, kernel_size, stride, padding, dilation):
         return input.new_empty((*input.shape[:2], *kernel_size))
 
-    @fake("deepcontrol::project_kernel_gradients_")
+    @fake("project_kernel_gradients_")
     def _(gradients, weight):
         return None
 
-    @fake("deepcontrol::finish_weight_grad_")
+    @fake("finish_weight_grad_")
     def _(grad_weight, weight, gain, scale, projection):
         return _vector_grads(weight.shape[0], weight, (True,))[0]
-
-
-if extension is not None:
-    _register_fakes()

@@ -1,4 +1,4 @@
-"""One autograd.Function per op, around the dispatcher ops of ``csrc/ops.cpp``.
+"""One autograd.Function per op, around the dispatcher ops of ``csrc/ops.cpp`` in the namespace of a backend.
 
 The map mean and what the activation keeps are outputs of the Functions, not only saved tensors: so autograd can send
 gradients into them, and the second derivative follows from the formulas below without keeping bias or residual.
@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _ops, activations
+from . import _ops, activations, backends
 from .reference import ProjectedInBackward, per_map, project, spatial
-
-_center = torch.ops.deepcontrol.center.default if _ops.extension else None
-_center_backward = torch.ops.deepcontrol.center_backward.default if _ops.extension else None
-_conv_center = torch.ops.deepcontrol.conv_center.default if _ops.extension else None
-_conv_center_backward = torch.ops.deepcontrol.conv_center_backward.default if _ops.extension else None
 
 
 def center(
@@ -27,13 +22,14 @@ def center(
     residual: Tensor | None,
     activation: str,
     slope: float,
+    backend: str,
 ) -> Tensor:
-    """``functional.deep_control`` on checked arguments, through the compiled ops."""
+    """``functional.deep_control`` on checked arguments, through the compiled ops of ``backend``."""
     mean_scale, constant = _split(mean_scale)
     residual = _distinct(residual, input)
     if _recording(input, gain, mean_scale, bias, residual):
-        return _Center.apply(input, gain, mean_scale, bias, residual, constant, activation, slope)[0]
-    return _center(input, gain, mean_scale, constant, bias, residual, activation, slope, False)[0]
+        return _Center.apply(input, gain, mean_scale, bias, residual, constant, activation, slope, backend)[0]
+    return backends.ops[backend].center(input, gain, mean_scale, constant, bias, residual, activation, slope, False)[0]
 
 
 def conv_center(
@@ -50,16 +46,18 @@ def conv_center(
     activation: str,
     slope: float,
     projection: float,
+    backend: str,
 ) -> Tensor:
-    """``functional.deep_control_conv*`` on checked arguments, through the compiled ops."""
+    """``functional.deep_control_conv*`` on checked arguments, through the compiled ops of ``backend``."""
     mean_scale, constant = _split(mean_scale)
     residual = _distinct(residual, input)
     geometry = (stride, padding, dilation, groups)
     if _recording(input, weight, gain, mean_scale, bias, residual):
         return _ConvCenter.apply(
-            input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection
-        )[0]
-    output, _, _ = _conv_center(
+            input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection,
+            backend,
+        )[0]  # fmt: skip
+    output, _, _ = backends.ops[backend].conv_center(
         input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False
     )
     return output
@@ -99,32 +97,34 @@ def _differentiable(*gradients_of_intermediates: Tensor | None) -> bool:
 
 class _Center(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, gain, mean_scale, bias, residual, constant, activation, slope):
-        output, map_mean, saved = _center(input, gain, mean_scale, constant, bias, residual, activation, slope, True)
+    def forward(ctx, input, gain, mean_scale, bias, residual, constant, activation, slope, backend):
+        output, map_mean, saved = backends.ops[backend].center(
+            input, gain, mean_scale, constant, bias, residual, activation, slope, True
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, gain, mean_scale, map_mean, saved)
         ctx.like = (output.shape, output.dtype)
         ctx.format = _ops.memory_format(output)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
-        ctx.constants = (constant, activation, slope)
+        ctx.constants = (constant, activation, slope, backend)
         return output, map_mean, saved
 
     @staticmethod
     def backward(ctx, grad_output, grad_mean, grad_saved):
         input, gain, mean_scale, map_mean, saved = ctx.saved_tensors
-        constant, activation, slope = ctx.constants
+        constant, activation, slope, backend = ctx.constants
         needs = ctx.needs_input_grad
         if not _differentiable(grad_mean, grad_saved):
             if grad_output is None:
-                return (None,) * 8
+                return (None,) * 9
             passes_through = activation == "identity"
             mask = [needs[0], needs[1], needs[2], needs[3], needs[4] and not passes_through]
-            grads = _center_backward(
+            grads = backends.ops[backend].center_backward(
                 grad_output.contiguous(memory_format=ctx.format), input, gain, mean_scale, constant, map_mean, saved,
                 activation, slope, mask,
             )  # fmt: skip
             vectors = _fold(grads[1:4], ctx.vectors)
-            return grads[0], *vectors, grad_output if needs[4] and passes_through else grads[4], None, None, None
+            return grads[0], *vectors, grad_output if needs[4] and passes_through else grads[4], None, None, None, None
 
         e = _through_activation(grad_output, grad_saved, saved, *ctx.like, ctx.format, activation, slope)
         centred, sums = _center_error(e, mean_scale, constant)
@@ -139,41 +139,41 @@ class _Center(torch.autograd.Function):
             scaled = map_mean if gain is None else map_mean * gain
             grad_mean_scale = -(scaled * sums).sum(0)
         vectors = _fold((grad_gain, grad_mean_scale, sums.sum(0) if needs[3] else None), ctx.vectors)
-        return grad_input.to(e.dtype), *vectors, e if needs[4] else None, None, None, None
+        return grad_input.to(e.dtype), *vectors, e if needs[4] else None, None, None, None, None
 
 
 class _ConvCenter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection
+        ctx, input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection, backend
     ):
-        output, map_mean, saved = _conv_center(
+        output, map_mean, saved = backends.ops[backend].conv_center(
             input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, True
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, gain, mean_scale, map_mean, saved)
         ctx.like = (output.shape, output.dtype)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
-        ctx.constants = (constant, geometry, activation, slope, projection)
+        ctx.constants = (constant, geometry, activation, slope, projection, backend)
         return output, map_mean, saved
 
     @staticmethod
     def backward(ctx, grad_output, grad_mean, grad_saved):
         input, weight, gain, mean_scale, map_mean, saved = ctx.saved_tensors
-        constant, geometry, activation, slope, projection = ctx.constants
+        constant, geometry, activation, slope, projection, backend = ctx.constants
         needs = ctx.needs_input_grad
         if not _differentiable(grad_mean, grad_saved):
             if grad_output is None:
-                return (None,) * 11
+                return (None,) * 12
             passes_through = activation == "identity"
             mask = [*needs[:5], needs[5] and not passes_through]
-            grads = _conv_center_backward(
+            grads = backends.ops[backend].conv_center_backward(
                 grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, *geometry, activation, slope,
                 projection, mask,
             )  # fmt: skip
             vectors = _fold(grads[2:5], ctx.vectors)
             grad_residual = grad_output if needs[5] and passes_through else grads[5]
-            return *grads[:2], *vectors, grad_residual, None, None, None, None, None
+            return *grads[:2], *vectors, grad_residual, None, None, None, None, None, None
 
         stride, padding, dilation, groups = geometry
         if projection:
@@ -198,7 +198,7 @@ class _ConvCenter(torch.autograd.Function):
         if needs[3]:
             grad_mean_scale = -(map_mean * sums).sum(0)
         vectors = _fold((grad_gain, grad_mean_scale, sums.sum(0) if needs[4] else None), ctx.vectors)
-        return grad_input, grad_weight, *vectors, e if needs[5] else None, None, None, None, None, None
+        return grad_input, grad_weight, *vectors, e if needs[5] else None, None, None, None, None, None, None
 
 
 def _fold(gradients, vectors):

@@ -4,32 +4,139 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, proven
 
-BACKENDS = ("reference", "cpu")
-"""``reference`` is plain PyTorch on any device, ``cpu`` the compiled extension's CPU kernels."""
+BACKENDS = ("reference", "cpu", "cuda")
+"""``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels."""
 
 _VARIABLE = "DEEPCONTROL_BACKEND"
+_LEAST_CAPABILITY = (8, 0)
+# What forward and backward of each function of the package run, by the names of csrc/ops.cpp.
+_PARTS = {
+    "center": ("center", "center_backward"),
+    "conv_center": ("conv_center", "conv_center_backward"),
+    "project_kernel_gradients_": ("project_kernel_gradients_",),
+}
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    device: str
+    """Type of the devices whose tensors it takes."""
+    namespace: str
+    """Of its ops in ``torch.ops``."""
+    unavailable: Callable[[], str | None]
+    """Why it cannot run in this process, or None."""
+    unfit: Callable[[int | None], str | None]
+    """Why it cannot run on the device of that index, or None."""
+    describe: Callable[[str], str]
+    """What it does for an op of ``_PARTS``, in words."""
+
+
+ops: dict[str, _ops.Ops] = {}
+"""The ops of every compiled backend that is loaded."""
+_compiled: dict[str, _Compiled] = {}
+# Pairs of backend and device index that were found to run.
+_able: set[tuple[str, int | None]] = set()
+
+
+def _register(
+    name: str,
+    device: str,
+    namespace: str,
+    unavailable: Callable[[], str | None] = lambda: None,
+    unfit: Callable[[int | None], str | None] = lambda index: None,
+    describe: Callable[[str], str] = lambda op: "",
+) -> None:
+    """Make a backend of the ops in ``namespace``, which have the schemas of ``csrc/ops.cpp``."""
+    _compiled[name] = _Compiled(device, namespace, unavailable, unfit, describe)
+    if hasattr(getattr(torch.ops, namespace), "center"):
+        ops[name] = _ops.bind(namespace)
+
+
+class _Gpu(NamedTuple):
+    name: str
+    capability: tuple[int, int]
+
+
+def _gpu(index: int) -> _Gpu:
+    return _Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def _built_with_cuda() -> bool:
+    return _ops.extension.info()["cuda"]
+
+
+def _why_no_extension() -> str | None:
+    return _ops.unavailable
+
+
+def _why_no_cuda() -> str | None:
+    if _ops.unavailable is not None:
+        return _ops.unavailable
+    if not _built_with_cuda():
+        return (
+            "the extension is built without CUDA kernels; where nvcc and a torch for CUDA are, build it with: "
+            "DEEPCONTROL_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall . "
+            "(in a checkout: DEEPCONTROL_CUDA=1 make build)"
+        )
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install one from https://pytorch.org that has it"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: there is no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it"
+    return None
+
+
+def _why_not_this_gpu(index: int) -> str | None:
+    gpu = _gpu(index)
+    if gpu.capability < _LEAST_CAPABILITY:
+        return (
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, wanted {_dotted(_LEAST_CAPABILITY)} or "
+            "higher; backend='reference' runs there"
+        )
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
+def _describe_cpu(op: str) -> str:
+    return f"{_ops.extension.info()['isa']} kernels around oneDNN"
+
+
+def _describe_cuda(op: str) -> str:
+    return "two passes, cuDNN's convolution and then center" if op == "conv_center" else "one pass"
+
+
+_register("cpu", "cpu", "deepcontrol", _why_no_extension, describe=_describe_cpu)
+_register("cuda", "cuda", "deepcontrol", _why_no_cuda, _why_not_this_gpu, _describe_cuda)
 
 
 def _checked(name: str, origin: str) -> str:
-    if name not in BACKENDS:
+    if name != "reference" and name not in _compiled:
         raise ValueError(f"{origin}: got {name!r}, wanted one of {', '.join(BACKENDS)}, or None for automatic choice")
     return name
 
 
 _preferred: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
 _warned = False
+_proofs: dict[tuple[str, str, str, str], proven.Proof] | None = None
+# What was decided for (device index, op, dtype, layout).
+_cuda_is_proven: dict[tuple[int, str, torch.dtype, str], bool] = {}
 
 
 def available() -> dict[str, str | None]:
     """Every backend with None if it can run here, else the reason why it cannot."""
-    return {"reference": None, "cpu": _ops.unavailable}
+    return {"reference": None} | {name: backend.unavailable() for name, backend in _compiled.items()}
 
 
 @contextmanager
@@ -47,42 +154,109 @@ def use(name: str | None) -> Iterator[None]:
         _preferred = before
 
 
-def choose(input: Tensor, requested: str | None = None) -> str:
+def choose(input: Tensor, requested: str | None = None, op: str = "conv_center", weight: Tensor | None = None) -> str:
     """The backend that a call on ``input`` gets.
 
-    A backend asked for, by argument, ``use`` or DEEPCONTROL_BACKEND, is returned or refused with ``RuntimeError``.
+    A backend asked for, by argument, ``use`` or DEEPCONTROL_BACKEND, is returned or refused with ``RuntimeError``. Else
+    a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor "cuda" if its kernels for this dtype and
+    layout are proven on GPUs of this compute capability.
+
+    Args:
+        op: "center", "conv_center" or "project_kernel_gradients_".
+        weight: of the convolution; where it is channels_last, so is the output.
     """
-    global _warned
     name = requested if requested is not None else _preferred
+    device = input.device
     if name is None:
-        if input.device.type == "cpu":
-            if _ops.unavailable is None:
-                return "cpu"
-            if not _warned:
-                _warned = True
-                warnings.warn(f"deepcontrol_cuda runs its slow reference: {_ops.unavailable}", stacklevel=4)
+        if device.type == "cpu":
+            return _automatic_on_cpu()
+        if device.type == "cuda" and _automatic_on_gpu(device.index, op, input.dtype, _layout(input, weight)):
+            return "cuda"
         return "reference"
     _checked(name, "backend")
-    if name == "cpu":
-        if _ops.unavailable is not None:
-            raise RuntimeError(f"backend 'cpu': {_ops.unavailable}")
-        if input.device.type != "cpu":
-            raise RuntimeError(f"backend 'cpu': input is on {input.device}, wanted a CPU tensor or backend='reference'")
+    if name == "reference":
+        return name
+    wanted = _compiled[name].device
+    if device.type == wanted:
+        reason = _obstacle(name, device.index)
+    else:
+        reason = _compiled[name].unavailable()
+        reason = reason or f"input is on {device}, wanted a {wanted.upper()} tensor or backend='reference'"
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r}: {reason}")
     return name
 
 
-def explain(input: Tensor, requested: str | None = None) -> str:
-    """What would run for ``input`` and why, in words."""
-    name = choose(input, requested)
+def _automatic_on_cpu() -> str:
+    global _warned
+    if _ops.unavailable is None:
+        return "cpu"
+    if not _warned:
+        _warned = True
+        warnings.warn(f"deepcontrol_cuda runs its slow reference: {_ops.unavailable}", stacklevel=5)
+    return "reference"
+
+
+# The next two ask the driver and read a file, which torch.compile cannot trace: it takes their results for constants.
+@torch.compiler.assume_constant_result
+def _obstacle(name: str, index: int | None) -> str | None:
+    """Why a compiled backend cannot run on the device ``index`` of its type, or None."""
+    if (name, index) in _able:
+        return None
+    reason = _compiled[name].unavailable() or _compiled[name].unfit(index)
+    if reason is None:
+        _able.add((name, index))
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str) -> bool:
+    key = (index, op, dtype, layout)
+    if key not in _cuda_is_proven:
+        runs = _why_no_cuda() is None and _why_not_this_gpu(index) is None
+        _cuda_is_proven[key] = runs and isinstance(_proof(index, op, dtype, layout), proven.Proof)
+    return _cuda_is_proven[key]
+
+
+def _layout(input: Tensor, weight: Tensor | None) -> str:
+    format = _ops.memory_format(input) if weight is None else _ops.conv_memory_format(input, weight)
+    return "contiguous" if format is torch.contiguous_format else "channels_last"
+
+
+def _proof(index: int, op: str, dtype: torch.dtype, layout: str) -> proven.Proof | str:
+    """The proof that ``op`` runs right on a GPU like this one, or what is missing."""
+    global _proofs
+    if _proofs is None:
+        _proofs = {proof.key: proof for proof in proven.read_or_warn(proven.FILE)}
+    capability = _dotted(_gpu(index).capability)
+    name = str(dtype).removeprefix("torch.")
+    found = [_proofs.get((part, name, layout, capability)) for part in _PARTS[op]]
+    if None in found:
+        return f"not proven on compute capability {capability} for {name}, {layout} yet: run make gpu"
+    return found[0]
+
+
+def explain(input: Tensor, requested: str | None = None, op: str = "conv_center", weight: Tensor | None = None) -> str:
+    """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``."""
+    name = choose(input, requested, op, weight)
+    why = _why(name, input, requested, op, weight)
+    detail = _compiled[name].describe(op) if name in _compiled else ""
+    return f"{name}, {detail}: {why}" if detail else f"{name}: {why}"
+
+
+def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tensor | None) -> str:
+    asked = None
     if requested is not None:
-        why = "asked for by the call"
+        asked = "asked for by the call"
     elif _preferred is not None:
-        why = f"asked for by backends.use or {_VARIABLE}"
-    elif name == "cpu":
-        why = "the input is a CPU tensor and the extension is loaded"
-    elif input.device.type == "cpu":
-        why = _ops.unavailable
-    else:
-        why = f"no kernels of this package run on {input.device.type} tensors yet"
-    detail = f", {_ops.extension.info()['isa']} kernels around oneDNN" if name == "cpu" else ""
-    return f"{name}{detail}: {why}"
+        asked = f"asked for by backends.use or {_VARIABLE}"
+    device = input.device
+    if device.type == "cuda" and (asked is None or name == "cuda"):
+        found = _why_no_cuda() or _why_not_this_gpu(device.index)
+        found = found or str(_proof(device.index, op, input.dtype, _layout(input, weight)))
+        return found if asked is None else f"{asked}; {found}"
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return _ops.unavailable or "the input is a CPU tensor and the extension is loaded"
+    return f"no kernels of this package run on {device.type} tensors yet"

@@ -57,11 +57,12 @@ def deep_control(
     _check_activation(activation)
     if 0 in input.shape[2:]:
         raise ValueError(f"input: got an empty map, shape {tuple(input.shape)}, wanted at least one pixel")
-    if backends.choose(input, backend) == "reference":
+    backend = backends.choose(input, backend, "center")
+    if backend == "reference":
         return reference.deep_control(
             input, gain, mean_scale, bias, residual=residual, activation=activation, negative_slope=negative_slope
         )
-    return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope)
+    return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope, backend)
 
 
 def _deep_control_conv(
@@ -94,14 +95,15 @@ def _deep_control_conv(
     input, padding = _resolve_padding(input, weight, padding, stride, dilation, rank)
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
-    if backends.choose(input, backend) == "reference":
+    backend = backends.choose(input, backend, "conv_center", weight)
+    if backend == "reference":
         return reference.deep_control_conv(
             input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
             residual=residual, activation=activation, negative_slope=negative_slope, projection=projection,
         )  # fmt: skip
     return autograd.conv_center(
         input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,
-        negative_slope, projection,
+        negative_slope, projection, backend,
     )  # fmt: skip
 
 

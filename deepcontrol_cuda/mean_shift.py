@@ -28,7 +28,7 @@ def project_kernel_gradients_(parameters: Iterable[Tensor] | Tensor, weight: flo
         TypeError: something in ``parameters`` is not a tensor, or a gradient is not floating.
     """
     functional.check_fraction("weight", weight)
-    gradients: dict[str, list[Tensor]] = {}
+    gradients: dict[tuple[str, torch.device], list[Tensor]] = {}
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters: got {type(parameter).__name__}, wanted tensors")
@@ -37,11 +37,12 @@ def project_kernel_gradients_(parameters: Iterable[Tensor] | Tensor, weight: flo
             continue
         if not grad.is_floating_point():
             raise TypeError(f"parameters: got a gradient of {grad.dtype}, wanted a floating dtype")
-        gradients.setdefault(backends.choose(grad), []).append(grad)
+        backend = backends.choose(grad, None, "project_kernel_gradients_")
+        gradients.setdefault((backend, grad.device), []).append(grad)
     with torch.no_grad():
-        for backend, tensors in gradients.items():
+        for (backend, _), tensors in gradients.items():
             if backend == "reference":
                 for grad in tensors:
                     grad.copy_(reference.project(grad, weight))
             else:
-                torch.ops.deepcontrol.project_kernel_gradients_(tensors, weight)
+                backends.ops[backend].project_kernel_gradients_(tensors, weight)

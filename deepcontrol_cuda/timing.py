@@ -157,9 +157,10 @@ def interleaved(
             seconds[name].append(time.perf_counter() - start)
             step.clear_gradients()
         progress()
-    return {name: _times(values) for name, values in seconds.items()}
+    return {name: summarize(values) for name, values in seconds.items()}
 
 
-def _times(seconds: list[float]) -> Times:
+def summarize(seconds: list[float]) -> Times:
+    """Quartiles of at least two durations."""
     lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     return Times(median, lower, upper, min(seconds))

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import memory_format
+from conftest import GPU, library, memory_format, on_every_backend
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -14,12 +14,12 @@ from torch.autograd import gradcheck, gradgradcheck
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import activations
 
-ops = torch.ops.deepcontrol
 F = dc.functional
 CONVS = {1: F.deep_control_conv1d, 2: F.deep_control_conv2d, 3: F.deep_control_conv3d}
 MAPS = {1: (5,), 2: (3, 4), 3: (3, 2, 3)}
 NAMES = ("input", "weight", "gain", "mean_scale", "bias", "residual")
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+on_reference_too = pytest.mark.parametrize("backend", ["reference", "cpu", *GPU], indirect=True)
 every_activation = pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 
 
@@ -73,6 +73,7 @@ def test_derivatives_of_the_other_ranks(backend, rank):
     check_both(conv(rank, activation="silu", backend=backend), tuple(operands(rank=rank).values()))
 
 
+@on_every_backend
 def test_derivatives_with_groups_and_single_vectors(backend):
     leaves = operands(vector=1, groups=2)
     check_both(conv(groups=2, activation="relu", backend=backend), tuple(leaves.values()))
@@ -117,6 +118,7 @@ def test_derivatives_with_a_constant_mean_scale(backend, mean_scale):
     check_both(without_conv, (leaf(2, 3, 3, 2), leaf(3)))
 
 
+@on_every_backend
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", ["conv", "center"])
 def test_one_operand_alone_requires_grad(backend, op, name):
@@ -137,6 +139,7 @@ def test_one_operand_alone_requires_grad(backend, op, name):
     assert all(t.grad is None for n, t in alone.items() if n != name)
 
 
+@on_every_backend
 def test_double_backward_projects(backend):
     """The first derivative is projected on purpose, so finite differences say nothing: the reference decides."""
     leaves = list(operands().values())
@@ -152,8 +155,8 @@ def test_double_backward_projects(backend):
 GEOMETRY = ([2, 1], [1, 1], [1, 1], 1)
 
 
-def op_calls(channels_last):
-    """Every op of the library with arguments, by name."""
+def op_calls(ops, channels_last):
+    """Every op of a library with arguments."""
 
     def dense(*shape):
         tensor = torch.randn(shape)
@@ -166,6 +169,7 @@ def op_calls(channels_last):
         arguments = (x, torch.rand(9), None, 1.0, None, dense(2, 9, 5, 6), activation, 0.1, True)
         _, mean, saved = ops.center(*arguments)
         yield ops.center, arguments
+        yield ops.center_with_mean, arguments
         yield (
             ops.center_backward,
             (dense(*x.shape), x, torch.rand(9), None, 1.0, mean, saved, activation, 0.1, [True] * 5),
@@ -197,15 +201,17 @@ def op_calls(channels_last):
     yield ops.finish_weight_grad_, (w.clone(), w, vector, None, 0.9)
 
 
+@on_every_backend
 @layouts
 def test_opcheck(backend, channels_last):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     seen = set()
-    for op, arguments in op_calls(channels_last):
+    ops = library(backend)
+    for op, arguments in op_calls(ops, channels_last):
         seen.add(str(op.default).split(".")[1])
         torch.library.opcheck(op.default, arguments, test_utils=checks)
     assert seen == {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("deepcontrol::")
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.name}::")
     }
 
 
@@ -241,10 +247,10 @@ def forget_compiled():
 
 
 def results_of(net, call, x, dtype=None):
-    """Output and gradients of ``call``, under CPU autocast to ``dtype`` if one is given."""
+    """Output and gradients of ``call``, under autocast to ``dtype`` if one is given."""
     x = x.detach().requires_grad_()
     net.zero_grad()
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         y = call(x)
     y.float().square().mean().backward()
     return {"output": y.detach(), "input": x.grad, **{name: p.grad for name, p in net.named_parameters()}}
@@ -258,6 +264,7 @@ def assert_same(got, wanted, tolerance):
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
+@on_every_backend
 @layouts
 def test_compiled_net_equals_eager(backend, net, channels_last):
     net = net.to(memory_format=torch.channels_last) if channels_last else net
@@ -268,6 +275,7 @@ def test_compiled_net_equals_eager(backend, net, channels_last):
         assert_same(results_of(net, compiled, x), results_of(net, net, x), 1e-5)
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     ("layer", "op"),
     [
@@ -284,13 +292,18 @@ def test_compiled_backward_is_the_op(backend, layer, op):
         graphs.append({str(node.target) for node in graph.graph.nodes})
         return graph.forward
 
-    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    compiled(torch.randn(2, 4, 5, 5)).sum().backward()
+    x = torch.randn(2, 4, 5, 5)
+    compiled = torch.compile(
+        layer.to(x.device), fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
+    compiled(x).sum().backward()
     forward, backward = graphs
-    assert f"deepcontrol.{op}.default" in forward
-    assert f"deepcontrol.{op}_backward.default" in backward
+    namespace = library(backend).name
+    assert f"{namespace}.{op}.default" in forward
+    assert f"{namespace}.{op}_backward.default" in backward
 
 
+@on_every_backend
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_unit_that_is_off_stops_an_infinite_gradient(backend, activation):
     """With create_graph as without: zero, not zero times infinity."""
@@ -308,6 +321,7 @@ def test_unit_that_is_off_stops_an_infinite_gradient(backend, activation):
 def test_compiled_layer_whose_residual_is_its_input(backend, layer):
     """The shortest residual block."""
     x = torch.randn(2, 4, 5, 5)
+    layer = layer.to(x.device)
 
     def block(x):
         return layer(x, x)
@@ -347,10 +361,10 @@ def test_compiled_function_is_one_graph_in_float64_with_a_dynamic_batch(backend)
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", dc.backends.BACKENDS)
-def test_autocast(net, name):
+@on_reference_too
+def test_autocast(backend, net):
     x = torch.randn(2, 3, 8, 8)
-    with dc.backends.use(name):
+    with dc.backends.use(backend):
         low, high = results_of(net, net, x, torch.bfloat16), results_of(net, net, x)
     assert low["output"].dtype == torch.bfloat16
     for key in high.keys() - {"output"}:
@@ -358,42 +372,45 @@ def test_autocast(net, name):
     assert_same({key: value.float() for key, value in low.items()}, high, 0.1)
 
 
-@pytest.mark.parametrize("name", dc.backends.BACKENDS)
-def test_autocast_leaves_vectors_and_float64_alone(monkeypatch, name):
+@on_reference_too
+def test_autocast_leaves_vectors_and_float64_alone(backend, monkeypatch):
     leaves = operands(dtype=torch.float32)
+    device = leaves["input"].device.type
     seen = []
-    entry = (F.reference, "deep_control_conv") if name == "reference" else (F.autograd, "conv_center")
+    entry = (F.reference, "deep_control_conv") if backend == "reference" else (F.autograd, "conv_center")
     original = getattr(*entry)
     monkeypatch.setattr(*entry, lambda *a, **k: seen.append(a) or original(*a, **k))
-    with torch.autocast("cpu", torch.bfloat16):
-        conv(backend=name)(*leaves.values())
+    with torch.autocast(device, torch.bfloat16):
+        conv(backend=backend)(*leaves.values())
     assert [t.dtype for t in seen[0][:5]] == [torch.bfloat16] * 2 + [torch.float32] * 3
 
     doubles = list(operands().values())
-    with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = conv(backend=name)(*doubles)
-    assert torch.equal(under_autocast, conv(backend=name)(*doubles))
+    with torch.autocast(device, torch.bfloat16):
+        under_autocast = conv(backend=backend)(*doubles)
+    assert torch.equal(under_autocast, conv(backend=backend)(*doubles))
 
 
-@pytest.mark.parametrize("name", dc.backends.BACKENDS)
-def test_autocast_casts_the_residual(name):
+@on_reference_too
+def test_autocast_casts_the_residual(backend):
     """A float32 skip connection beside a bfloat16 layer, and the other way round."""
     wide, narrow = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 4).bfloat16()
     weight = torch.randn(4, 4, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert F.deep_control(narrow, residual=wide, backend=name).dtype == torch.bfloat16
-        assert F.deep_control(wide, residual=narrow, backend=name).dtype == torch.float32
-        assert F.deep_control_conv2d(narrow, weight, residual=wide, backend=name).dtype == torch.bfloat16
+    device = weight.device.type
+    with torch.autocast(device, torch.bfloat16):
+        assert F.deep_control(narrow, residual=wide, backend=backend).dtype == torch.bfloat16
+        assert F.deep_control(wide, residual=narrow, backend=backend).dtype == torch.float32
+        assert F.deep_control_conv2d(narrow, weight, residual=wide, backend=backend).dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
-def test_autocast_of_another_device_does_not_touch_cpu_tensors(backend):
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", True)
+def test_autocast_of_another_device_does_not_matter(backend):
+    other = "cpu" if backend == "cuda" else "cuda"
+    before = torch.is_autocast_enabled(other)
+    torch.set_autocast_enabled(other, True)
     try:
         y = F.deep_control_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), backend=backend)
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled(other, before)
     assert y.dtype == torch.float32
 
 
@@ -402,9 +419,17 @@ def test_without_grad_nothing_is_kept(backend, monkeypatch, mode):
     leaves = list(operands(dtype=torch.float32).values())
     x = leaf(2, 4, 3, 4, dtype=torch.float32)
     flags = []
-    for name, op in (("_center", ops.center.default), ("_conv_center", ops.conv_center.default)):
-        monkeypatch.setattr(F.autograd, name, lambda *a, op=op: flags.append(a[-1]) or op(*a))
-    calls = (lambda: conv(activation="gelu", backend=backend)(*leaves), lambda: F.deep_control(x, activation="relu"))
+    own = dc.backends.ops[backend]
+
+    def watched(op):
+        return lambda *a: flags.append(a[-1]) or op(*a)
+
+    watching = own._replace(center=watched(own.center), conv_center=watched(own.conv_center))
+    monkeypatch.setitem(dc.backends.ops, backend, watching)
+    calls = (
+        lambda: conv(activation="gelu", backend=backend)(*leaves),
+        lambda: F.deep_control(x, activation="relu", backend=backend),
+    )
     for call in calls:
         wanted = call()
         with mode():
@@ -436,6 +461,7 @@ class Saved:
         return sum(self.sizes.values())
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
 @layouts
 def test_bytes_kept_for_backward(backend, dtype, channels_last):

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import _ops, backends
+from deepcontrol_cuda import _ops, autograd, backends, proven
 
 X = torch.ones(1, 2, 3, 3)
+
+
+@pytest.fixture
+def backend():
+    """Of the CPU tensors here."""
+    assert backends.available()["cpu"] is None
+    return "cpu"
 
 
 def python(script: str, **variables: str) -> subprocess.CompletedProcess:
@@ -27,10 +36,11 @@ def python(script: str, **variables: str) -> subprocess.CompletedProcess:
 def no_extension(monkeypatch):
     monkeypatch.setattr(_ops, "unavailable", "the compiled extension is not built")
     monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_able", set())
 
 
 def test_available_names_every_backend():
-    assert tuple(backends.available()) == backends.BACKENDS
+    assert tuple(backends.available())[: len(backends.BACKENDS)] == backends.BACKENDS
     assert backends.available()["reference"] is None
 
 
@@ -149,3 +159,230 @@ def test_environment_variable_isa_invalid(script):
     last = run.stderr.strip().splitlines()[-1]
     assert "DEEPCONTROL_ISA: got 'mmx', this processor can run " in last
     assert last.endswith("portable")
+
+
+H100, V100 = backends._Gpu("NVIDIA H100", (9, 0)), backends._Gpu("Tesla V100", (7, 0))
+OPS = ("center", "center_backward", "conv_center", "conv_center_backward", "project_kernel_gradients_")
+
+
+def proofs(*ops, dtype="bfloat16", layout="channels_last", capability="9.0"):
+    return [proven.Proof(op, dtype, layout, capability, "NVIDIA H100", "0123abcd", "2026-01-31") for op in ops]
+
+
+def on_gpu(dtype=torch.bfloat16, channels_last=True, index=0, shape=(2, 8, 3, 3)):
+    """A tensor that says it is on a GPU, of which nothing is computed."""
+    layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device=f"cuda:{index}", memory_format=layout)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU, a build for it and a table of proofs, all of them stand-ins; call it to make it another."""
+    file = tmp_path / "proven.json"
+
+    def make(gpu=H100, table=(), built=True, visible=True):
+        proven.write(table, file)
+        monkeypatch.setattr(backends, "_able", set())
+        monkeypatch.setattr(backends, "_cuda_is_proven", {})
+        monkeypatch.setattr(backends, "_proofs", None)
+        monkeypatch.setattr(backends, "_gpu", lambda index: gpu)
+        monkeypatch.setattr(backends, "_built_with_cuda", lambda: built)
+        monkeypatch.setattr(proven, "FILE", file)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+
+    make()
+    return make
+
+
+def test_a_gpu_without_proof_gets_the_reference(machine):
+    assert backends.available()["cuda"] is None
+    assert backends.choose(on_gpu()) == "reference"
+    for dtype, layout in ((torch.bfloat16, "channels_last"), (torch.float32, "contiguous")):
+        text = backends.explain(on_gpu(dtype, layout == "channels_last"))
+        name = str(dtype).removeprefix("torch.")
+        assert text == f"reference: not proven on compute capability 9.0 for {name}, {layout} yet: run make gpu"
+
+
+@pytest.mark.parametrize("how", ["call", "use"])
+def test_an_unproven_kernel_runs_when_it_is_asked_for(machine, how):
+    with backends.use("cuda" if how == "use" else None):
+        requested = "cuda" if how == "call" else None
+        assert backends.choose(on_gpu(), requested) == "cuda"
+        text = backends.explain(on_gpu(), requested)
+    asked = "asked for by the call" if how == "call" else "asked for by backends.use or DEEPCONTROL_BACKEND"
+    assert text == (
+        f"cuda, two passes, cuDNN's convolution and then center: {asked}; "
+        "not proven on compute capability 9.0 for bfloat16, channels_last yet: run make gpu"
+    )
+
+
+def test_a_proven_kernel_is_chosen(machine):
+    machine(table=proofs(*OPS))
+    assert backends.choose(on_gpu()) == "cuda"
+    text = backends.explain(on_gpu(), op="center")
+    assert text == "cuda, one pass: proven on NVIDIA H100 (compute capability 9.0), commit 0123abcd, 2026-01-31"
+    with backends.use("reference"):
+        assert backends.choose(on_gpu()) == "reference"
+        assert backends.explain(on_gpu()) == "reference: asked for by backends.use or DEEPCONTROL_BACKEND"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "gpu"),
+    [
+        ({"dtype": torch.float16}, H100),
+        ({"channels_last": False}, H100),
+        ({}, backends._Gpu("NVIDIA B200", (10, 0))),
+        ({}, backends._Gpu("NVIDIA A100", (8, 0))),
+    ],
+    ids=["dtype", "layout", "newer", "older"],
+)
+def test_a_proof_is_for_one_dtype_layout_and_generation(machine, tensor, gpu):
+    machine(gpu, proofs(*OPS))
+    assert backends.choose(on_gpu(**tensor)) == "reference"
+
+
+def test_backward_must_be_proven_too(machine):
+    machine(table=proofs("center", "center_backward", "conv_center"))
+    assert backends.choose(on_gpu(), op="center") == "cuda"
+    assert backends.choose(on_gpu(), op="conv_center") == "reference"
+
+
+def test_the_layout_of_a_convolution_is_that_of_its_output(machine):
+    machine(table=proofs(*OPS))
+    assert backends.choose(on_gpu(channels_last=False)) == "reference"
+    assert backends.choose(on_gpu(channels_last=False), weight=on_gpu()) == "cuda"
+
+
+def test_the_choice_is_made_once(machine, monkeypatch):
+    machine(table=proofs(*OPS))
+    x = on_gpu()
+    assert backends.choose(x) == backends.choose(x, "cuda") == "cuda"
+    monkeypatch.setattr(backends, "_gpu", lambda index: pytest.fail("asked again"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked again"))
+    assert backends.choose(x) == backends.choose(x, "cuda") == "cuda"
+
+
+def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
+    """What asks the driver and reads the table is run, not traced, by torch.compile; here for a CPU tensor."""
+    asked = []
+    monkeypatch.setattr(backends, "_cuda_is_proven", {})
+    monkeypatch.setattr(backends, "_able", set())
+    for name in ("_why_no_cuda", "_why_not_this_gpu"):
+        monkeypatch.setattr(backends, name, lambda *index: open(os.devnull).close())
+    monkeypatch.setattr(backends, "_proof", lambda *key: asked.append(key) or proofs(*OPS)[0])
+
+    def choose(input, requested=None, op="conv_center", weight=None):
+        if requested == "cpu":
+            return "reference" if backends._obstacle("cpu", None) else "cpu"
+        proven = backends._automatic_on_gpu(0, op, input.dtype, backends._layout(input, weight))
+        return "cpu" if proven else "reference"
+
+    monkeypatch.setattr(backends, "choose", choose)
+    compiled = torch.compile(dc.functional.deep_control, fullgraph=True, backend="eager")
+    for requested in ("cpu", None):
+        assert torch.equal(compiled(X, backend=requested), torch.zeros_like(X))
+    torch.compiler.reset()
+    assert asked == [(0, "center", torch.float32, "contiguous")]
+
+
+@pytest.mark.parametrize(
+    ("lack", "words"),
+    [
+        ({"built": False}, r"the extension is built without CUDA kernels; .*DEEPCONTROL_CUDA=1 make build"),
+        ({"visible": False}, r"torch\.cuda\.is_available\(\) is False: there is no GPU, no driver"),
+        ({"gpu": V100}, r"Tesla V100 has compute capability 7\.0, wanted 8\.0 or higher"),
+    ],
+    ids=["built-without", "no-gpu", "old-gpu"],
+)
+def test_what_cuda_lacks_is_said(machine, lack, words):
+    machine(table=proofs(*OPS), **lack)
+    assert backends.choose(on_gpu()) == "reference"
+    assert re.match(f"reference: {words}", backends.explain(on_gpu()))
+    with pytest.raises(RuntimeError, match=f"backend 'cuda': {words}"):
+        dc.functional.deep_control(on_gpu(), backend="cuda")
+    if "gpu" not in lack:
+        assert re.match(words, backends.available()["cuda"])
+
+
+def test_cuda_without_the_extension(machine, no_extension):
+    assert backends.available()["cuda"] == "the compiled extension is not built"
+    assert backends.choose(on_gpu()) == "reference"
+
+
+def test_torch_without_cuda(machine, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match="backend 'cuda': this torch is built without CUDA"):
+        backends.choose(on_gpu(), "cuda")
+
+
+def test_cuda_refuses_a_cpu_tensor(machine):
+    with pytest.raises(RuntimeError, match="backend 'cuda': input is on cpu, wanted a CUDA tensor"):
+        dc.functional.deep_control(X, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend 'cpu': input is on cuda:0, wanted a CPU tensor"):
+        backends.choose(on_gpu(), "cpu")
+
+
+def test_cuda_here():
+    """On this very machine: it runs, or the reason names one thing that is missing."""
+    reason = backends.available()["cuda"]
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda': {reason}")):
+            dc.functional.deep_control(X, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [("weight", lambda x, y, v: dc.functional.deep_control_conv2d(x, y)),
+     ("residual", lambda x, y, v: dc.functional.deep_control(x, residual=y)),
+     ("gain", lambda x, y, v: dc.functional.deep_control(x, v)),
+     ("mean_scale", lambda x, y, v: dc.functional.deep_control(x, None, v)),
+     ("bias", lambda x, y, v: dc.functional.deep_control(x, bias=v))],
+    ids=["weight", "residual", "gain", "mean_scale", "bias"],
+)  # fmt: skip
+def test_two_gpus_are_two_devices(machine, place, call):
+    with pytest.raises(ValueError, match=f"{place}: is on cuda:1, wanted the device of input, cuda:0"):
+        call(on_gpu(), on_gpu(index=1), on_gpu(index=1, shape=(8,)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"format": 2, "proofs": []}', '{"format": 1, "proofs": 3}',
+     '{"format": 1, "proofs": [{"op": "center"}]}', None],
+    ids=["empty", "cut", "list", "no-format", "newer", "number", "incomplete", "absent"],
+)  # fmt: skip
+def test_a_table_of_proofs_that_cannot_be_read_proves_nothing(machine, content):
+    if content is None:
+        proven.FILE.unlink()
+    else:
+        proven.FILE.write_text(content)
+    with pytest.warns(UserWarning, match="takes no kernel for proven on any GPU.*proven.json") as caught:
+        texts = [backends.explain(on_gpu()) for _ in range(2)]
+    assert all(text.startswith("reference: not proven") for text in texts)
+    assert len(caught) == 1
+    assert backends.choose(on_gpu(), "cuda") == "cuda"
+
+
+def test_a_table_of_proofs_reads_as_it_was_written(tmp_path):
+    table = proofs(*OPS)
+    proven.write(reversed(table), tmp_path / "table.json")
+    assert list(proven.read(tmp_path / "table.json")) == sorted(table)
+
+
+def test_the_table_of_the_package_is_sound():
+    known = {*_ops.Ops._fields, "center_with_mean", "finish_weight_grad_", "window_mean"}
+    assert {proof.op for proof in proven.read(proven.FILE)} <= known
+
+
+def test_a_backend_of_the_tests_is_one_like_the_others(monkeypatch):
+    for table in (backends._compiled, backends.ops):
+        monkeypatch.setattr(backends, "_compiled" if table is backends._compiled else "ops", dict(table))
+    backends._register("second", "cpu", "deepcontrol", unfit=lambda index: "not today")
+    assert backends.available()["second"] is None
+    with pytest.raises(RuntimeError, match="backend 'second': not today"):
+        backends.choose(X, "second")
+    backends._register("second", "cpu", "deepcontrol")
+    assert backends.choose(X, "second") == "second"
+    assert backends.choose(X) == "cpu"
+    assert torch.equal(autograd.center(X, None, None, None, None, "relu", 0.0, "second"), torch.zeros_like(X))

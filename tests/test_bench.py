@@ -15,7 +15,7 @@ from bench import memory, peers, record, report, runner
 from bench.__main__ import main
 from bench.cases import SETS
 from bench.runner import Row, Setting
-from deepcontrol_cuda import autograd
+from deepcontrol_cuda import backends
 from deepcontrol_cuda.timing import Shape, Step, Times, interleaved
 
 # One thread, so that a busy machine does not make the tests slow.
@@ -68,19 +68,19 @@ def test_layers_are_timed_and_checked(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("op", "position", "what"),
-    [("_conv_center", 0, "output"), ("_conv_center_backward", 0, "gradient of input"),
-     ("_conv_center_backward", 1, "gradient of weight"), ("_conv_center_backward", 4, "gradient of bias")],
+    [("conv_center", 0, "output"), ("conv_center_backward", 0, "gradient of input"),
+     ("conv_center_backward", 1, "gradient of weight"), ("conv_center_backward", 4, "gradient of bias")],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_result_is_refused(op, position, what, dtype, monkeypatch, tmp_path, capsys):
-    right = getattr(autograd, op)
+    right = getattr(backends.ops["cpu"], op)
 
     def wrong(*arguments):
         results = list(right(*arguments))
         results[position] = results[position] * 1.1
         return tuple(results)
 
-    monkeypatch.setattr(autograd, op, wrong)
+    monkeypatch.setitem(backends.ops, "cpu", backends.ops["cpu"]._replace(**{op: wrong}))
     quick = [*QUICK, "--dtype", dtype, "--layout", "channels_last", "--mode", "training"]
     assert main([*quick, "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_every_backend
 
 import deepcontrol_cuda as dc
 
@@ -77,6 +81,31 @@ BAD_CALLS = [
         lambda **b: deep_control(X, bias=torch.ones(4, 1), **b),
         ValueError,
         ("bias", r"\(4, 1\)", r"\(4,\)"),
+    ),
+    (
+        "mean-scale-device",
+        lambda **b: deep_control(X, None, torch.ones(4, device="meta"), **b),
+        ValueError,
+        ("mean_scale", "meta", "cpu"),
+    ),
+    (
+        "conv-bias-device",
+        lambda **b: conv2d(X, W, bias=torch.ones(8, device="meta"), **b),
+        ValueError,
+        ("bias", "meta", "cpu"),
+    ),
+    (
+        "conv-residual-device",
+        lambda **b: conv2d(X, W, residual=Y.to("meta"), **b),
+        ValueError,
+        ("residual", "meta", "cpu"),
+    ),
+    ("input-device", lambda **b: conv2d(X.to("meta"), W, **b), ValueError, ("weight: is on cpu", "input, meta")),
+    (
+        "center-input-device",
+        lambda **b: deep_control(X.to("meta"), torch.ones(4), **b),
+        ValueError,
+        ("gain: is on cpu", "input, meta"),
     ),
     ("bias-list", lambda **b: conv2d(X, W, bias=[0.0] * 8, **b), TypeError, ("bias", "list", "tensor or None")),
     ("residual-float", lambda **b: deep_control(X, residual=1.0, **b), TypeError, ("residual", "float", "tensor")),
@@ -160,7 +189,7 @@ def test_bad_call(monkeypatch, name, call, exception, words):
 
 def test_unknown_backend():
     for call in (deep_control, lambda x, backend: conv2d(x, W, backend=backend)):
-        with pytest.raises(ValueError, match="backend: got 'cudnn', wanted one of reference, cpu"):
+        with pytest.raises(ValueError, match="backend: got 'cudnn', wanted one of reference, cpu, cuda"):
             call(X, backend="cudnn")
 
 
@@ -192,9 +221,14 @@ def test_modules_refuse_too(build, exception, message):
 # The dispatcher ops have callers that the functions above do not protect: each bad call must be refused, since with
 # wrong shapes a kernel reads outside of its tensors. They run in a process of their own, so that one that crashes is a
 # failure with a name and not the end of the test run.
+RAW_BACKENDS = {
+    "cpu": "ops = torch.ops.deepcontrol",
+    "host_cuda": "import conftest; conftest.harness(); ops = torch.ops.deepcontrol_host_cuda",
+    "cuda": "torch.set_default_device('cuda'); ops = torch.ops.deepcontrol",
+}
 RAW_SETUP = """
 import torch, deepcontrol_cuda
-ops = torch.ops.deepcontrol
+{backend}
 x, w, g = torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3), torch.randn(2, 8, 3, 3)
 means, none, everything = torch.randn(2, 8), torch.empty(0), [True] * 6
 byte = torch.zeros(1, dtype=torch.uint8)
@@ -206,6 +240,9 @@ means1, bits1 = torch.randn(2, 64), torch.zeros(2, 25, 8, dtype=torch.uint8)
 
 def center(input=x, gain=None, mean_scale=None, bias=None, residual=None, activation="identity"):
     return ops.center(input, gain, mean_scale, 1.0, bias, residual, activation, 0.0, True)
+
+def with_mean(input=x, bias=None, residual=None):
+    return ops.center_with_mean(input, None, None, 1.0, bias, residual, "relu", 0.0, True)
 
 def center_backward(grad=x, input=x, gain=None, map_mean=means[:, :4], saved=none, activation="identity"):
     return ops.center_backward(grad, input, gain, None, 1.0, map_mean, saved, activation, 0.0, everything[:5])
@@ -236,6 +273,9 @@ BAD_OP_CALLS = {
     "center-residual-shape": "center(residual=x[:1])",
     "center-residual-dtype": "center(residual=x.double())",
     "center-activation": "center(activation='tanh')",
+    "center_with_mean-1-dimension": "with_mean(torch.randn(3))",
+    "center_with_mean-vector-length": "with_mean(bias=torch.ones(3))",
+    "center_with_mean-residual-shape": "with_mean(residual=x[:1])",
     "center_backward-1-dimension": "center_backward(torch.randn(3))",
     "center_backward-bits-shape": "center_backward(saved=byte, activation='relu')",
     "center_backward-pre_activation-shape": "center_backward(saved=x[:1], activation='silu')",
@@ -303,14 +343,16 @@ for name in list(cases)[int(sys.argv[1]):]:
 """
 
 
-@pytest.fixture(scope="module")
-def verdicts():
+@functools.cache
+def verdicts(backend: str) -> dict[str, str]:
     """What each of BAD_OP_CALLS came to: "refused ...", "accepted" or "crashed ..."."""
-    script = RAW_SETUP + RAW_LOOP.format(cases=BAD_OP_CALLS)
+    script = RAW_SETUP.format(backend=RAW_BACKENDS[backend]) + RAW_LOOP.format(cases=BAD_OP_CALLS)
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))}
     found = {}
     while len(found) < len(BAD_OP_CALLS):
         command = [sys.executable, "-c", script, str(len(found))]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         lines = run.stdout.splitlines()
         assert lines, run.stderr
         if run.returncode:
@@ -319,6 +361,8 @@ def verdicts():
     return found
 
 
+@on_every_backend
 @pytest.mark.parametrize("name", BAD_OP_CALLS)
-def test_bad_op_call(backend, verdicts, name):
-    assert verdicts[name].startswith("refused"), f"{BAD_OP_CALLS[name]}: {verdicts[name]}"
+def test_bad_op_call(backend, name):
+    verdict = verdicts(backend)[name]
+    assert verdict.startswith("refused"), f"{BAD_OP_CALLS[name]}: {verdict}"

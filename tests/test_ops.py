@@ -8,14 +8,21 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_within_budget, memory_format
-from hypothesis import given, settings
+from conftest import (
+    HARNESS_GPUS,
+    assert_within_budget,
+    harness,
+    library,
+    memory_format,
+    on_every_backend,
+    on_every_gpu,
+)
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import _ops, activations, reference
 
-ops = torch.ops.deepcontrol
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 name_of = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}.get
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
@@ -68,6 +75,11 @@ def small_integers(*shape, bound=3):
     return torch.randint(-bound, bound + 1, shape).double()
 
 
+def center(input, _, gain, mean_scale, bias, residual, **arguments):
+    return dc.functional.deep_control(input, gain, mean_scale, bias, residual=residual, **arguments)
+
+
+@on_every_gpu
 @dtypes
 @layouts
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
@@ -83,14 +95,74 @@ def test_center(backend, dtype, channels_last, activation, with_residual, poison
             torch.randn(channels),
         ]
         tensors.append(small_integers(*shape) if with_residual else None)
-
-        def function(input, _, gain, mean_scale, bias, residual, **arguments):
-            return dc.functional.deep_control(input, gain, mean_scale, bias, residual=residual, **arguments)
-
         seed = torch.randn(shape).to(dtype).double()
-        compare(function, tensors, dtype, channels_last, seed, activation=activation, backend=backend)
+        compare(center, tensors, dtype, channels_last, seed, activation=activation, backend=backend)
 
 
+LARGE_MAPS = ((2, 3, 81, 83), (1, 66, 33, 31))
+
+
+@on_every_gpu
+@dtypes
+@layouts
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+def test_center_of_large_maps(backend, dtype, channels_last, activation, poisoned_memory):
+    """Such as one block has no room for on the small GPUs."""
+    for shape in LARGE_MAPS:
+        vectors = [torch.rand(shape[1]) + 0.5, torch.rand(shape[1]), torch.randn(shape[1])]
+        tensors = [small_integers(*shape), None, *vectors, small_integers(*shape)]
+        seed = torch.randn(shape).to(dtype).double()
+        compare(center, tensors, dtype, channels_last, seed, activation=activation, backend=backend)
+
+
+@layouts
+@pytest.mark.parametrize(("name", "clusters"), [("host_cuda-90-small", True), ("host_cuda-80-small", False)])
+def test_small_gpus_share_large_maps(name, clusters, channels_last):
+    """In clusters from compute capability 9.0 on, before that in two launches: so the test above is about them."""
+    emulator, ops = harness(), torch.ops.deepcontrol_host_cuda
+    emulator.configure(**HARNESS_GPUS[name])
+    seen = set()
+    for shape in LARGE_MAPS:
+        x = torch.randn(shape, dtype=torch.float64)
+        x = x.contiguous(memory_format=memory_format(x, channels_last))
+        emulator.take_counts()
+        ops.center(x, None, None, 1.0, None, None, "identity", 0.0, True)
+        (count,) = emulator.take_counts().values()
+        seen.add((count.launches, count.cluster_launches))
+    emulator.configure()
+    assert ((1, 1) if clusters else (2, 0)) in seen
+    assert clusters or all(cluster_launches == 0 for _, cluster_launches in seen)
+
+
+@on_every_gpu
+@dtypes
+@layouts
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
+def test_center_with_mean(backend, dtype, channels_last, activation, mean_scale, poisoned_memory):
+    """center, and the mean over each map of what it stores."""
+    ops = library(backend)
+    constant = 1.0 if mean_scale is None else mean_scale
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    for shape in ((2, 19, 9, 7), (3, 40, 31), (1, 32, 2, 3, 4), (2, 33, 1, 1), (0, 4, 3, 3)):
+        x, residual = (
+            tensor.contiguous(memory_format=memory_format(tensor, channels_last)).to(dtype)
+            for tensor in (torch.randn(shape), torch.randn(shape))
+        )
+        gain, bias = (torch.rand(shape[1], dtype=wide) + 0.5 for _ in range(2))
+        arguments = (x, gain, None, constant, bias, residual, activation, 0.1, True)
+        *results, means = ops.center_with_mean(*arguments)
+        for got, wanted in zip(results, ops.center(*arguments)):
+            assert torch.equal(got, wanted)
+        exact = results[0].double().mean(tuple(range(2, len(shape))))
+        assert means.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert means.shape == exact.shape
+        if means.numel():
+            largest = results[0].abs().max().item()
+            assert (means - exact).abs().max() <= 8 * torch.finfo(means.dtype).eps * largest
+
+
+@on_every_backend
 @dtypes
 @layouts
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=("1d", "2d", "3d"))
@@ -148,6 +220,7 @@ def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, poisoned
         compare(function, tensors, dtype, True, seed, activation=activation, backend=backend)
 
 
+@on_every_backend
 def test_one_pixel_gives_the_bias(backend):
     """Up to the rounding of what cancels: the map mean and the pixel are computed apart, from the same products."""
     x = small_integers(3, 34, 1, 1).float()
@@ -169,6 +242,7 @@ def test_one_tap_needs_no_library_convolution(kernel, fused):
     assert names.isdisjoint({"aten::convolution", "aten::convolution_backward"}) == fused
 
 
+@on_every_gpu
 @dtypes
 @layouts
 @pytest.mark.parametrize("rank", [1, 2, 3], ids=("1d", "2d", "3d"))
@@ -185,10 +259,11 @@ def test_window_mean(backend, dtype, channels_last, rank, poisoned_memory):
     ):
         steps = [(v,) * rank for v in (kernel, stride, padding, dilation)]
         oracle = reference.window_mean(x.double(), *steps)
-        got = ops.window_mean(x, *steps)
+        got = library(backend).window_mean(x, *steps)
         assert_within_budget(got, oracle, reference.window_mean(x, *steps), dtype)
 
 
+@on_every_backend
 @dtypes
 @layouts
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 7), (5,), (3, 3, 3), (1, 1)], ids=str)
@@ -208,16 +283,19 @@ def test_project_kernel_gradients(backend, dtype, channels_last, kernel):
     assert untouched.weight.grad.eq(1).all()
 
 
+@on_every_backend
 def test_project_kernel_gradients_of_a_view(backend):
     """A gradient that is not dense is projected too, in place."""
     base = torch.randn(6, 4, 3, 6)
     p = torch.nn.Parameter(torch.empty(6, 4, 3, 3))
     p.grad = base[..., ::2]
     wanted = reference.project(p.grad, 1.0)
-    dc.project_kernel_gradients_(p, weight=1.0)
+    with dc.backends.use(backend):
+        dc.project_kernel_gradients_(p, weight=1.0)
     torch.testing.assert_close(base[..., ::2], wanted)
 
 
+@on_every_gpu
 @layouts
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (1, 1, 1, 1), (5, 3, 1, 1), (2, 1, 4, 4)], ids=str)
 def test_edge_shapes(backend, channels_last, shape, poisoned_memory):
@@ -233,6 +311,7 @@ def test_edge_shapes(backend, channels_last, shape, poisoned_memory):
     assert torch.isfinite(w.grad).all()
 
 
+@on_every_backend
 @layouts
 @pytest.mark.parametrize("how", ["expanded", "sliced", "transposed"])
 def test_strange_strides(backend, channels_last, how, poisoned_memory):
@@ -262,6 +341,7 @@ def test_strange_strides(backend, channels_last, how, poisoned_memory):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@on_every_gpu
 @layouts
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_nan_and_infinity_propagate(backend, channels_last, activation):
@@ -282,6 +362,7 @@ def test_nan_and_infinity_propagate(backend, channels_last, activation):
         torch.testing.assert_close(grads[1], grads[0], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+@on_every_backend
 @pytest.mark.parametrize("shape", [(2, 0, 1, 1), (2, 0, 3, 3)], ids=str)
 def test_no_channels(backend, shape):
     x = torch.empty(shape, requires_grad=True)
@@ -290,6 +371,7 @@ def test_no_channels(backend, shape):
     assert y.shape == x.grad.shape == shape
 
 
+@on_every_backend
 def test_gradient_of_a_squeezed_sample(backend):
     """A view of one sample brings back a gradient whose batch stride says nothing; as many channels as pixels."""
     x = torch.randn(1, 16, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
@@ -300,6 +382,7 @@ def test_gradient_of_a_squeezed_sample(backend):
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@on_every_backend
 def test_small_gains_in_float16(backend):
     """Small gradients times small gains leave float16's normal numbers, and dgain must not be read off what is left."""
     x, w = torch.randn(4, 8, 9, 9).half(), torch.randn(8, 8, 3, 3).half()
@@ -312,12 +395,14 @@ def test_small_gains_in_float16(backend):
     assert_within_budget(grads[2], grads[0], grads[1], torch.float16)
 
 
+@on_every_backend
 def test_forward_mode_is_refused(backend):
     """Rather than a derivative of zero."""
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jacfwd(lambda x: dc.functional.deep_control(x, backend=backend))(torch.randn(1, 1, 2))
 
 
+@on_every_backend
 def test_in_place_ops_tell_autograd(backend):
     p = torch.nn.Parameter(torch.randn(2, 2, 3, 3))
     p.grad = torch.randn(2, 2, 3, 3)
@@ -327,6 +412,7 @@ def test_in_place_ops_tell_autograd(backend):
     assert p.grad._version > before
 
 
+@on_every_backend
 @layouts
 def test_sums_do_not_drift(backend, channels_last):
     """A map of 2^18 pixels far from zero: the error of its mean stays at rounding, not at the number of pixels."""
@@ -337,6 +423,7 @@ def test_sums_do_not_drift(backend, channels_last):
     assert (got - oracle).abs().max() < 4 * 1000 * torch.finfo(torch.float32).eps
 
 
+@on_every_gpu
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_bit_equal_from_run_to_run(backend, channels_last, dtype):
@@ -354,6 +441,7 @@ def test_bit_equal_from_run_to_run(backend, channels_last, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], repeat))
 
 
+@on_every_gpu
 @layouts
 def test_a_sample_does_not_depend_on_its_batch(backend, channels_last):
     x = torch.randn(4, 24, 9, 9)
@@ -363,11 +451,12 @@ def test_a_sample_does_not_depend_on_its_batch(backend, channels_last):
     assert torch.equal(whole[2:3], alone)
 
 
+@on_every_gpu
 @layouts
-def test_bits_unpack_to_the_mask(channels_last):
+def test_bits_unpack_to_the_mask(backend, channels_last):
     x = torch.randn(2, 21, 5, 3)
     x = x.contiguous(memory_format=memory_format(x, channels_last))
-    output, _, bits = ops.center(x, None, None, 1.0, None, None, "relu", 0.0, True)
+    output, _, bits = library(backend).center(x, None, None, 1.0, None, None, "relu", 0.0, True)
     assert bits.dtype == torch.uint8
     assert bits.numel() <= x.numel() / 8 * 24 / 15
     assert torch.equal(_ops.unpack_bits(bits, x.shape, channels_last), output > 0)
@@ -376,7 +465,8 @@ def test_bits_unpack_to_the_mask(channels_last):
 dimension = st.integers(1, 9)
 
 
-@settings(max_examples=60, deadline=None)
+@on_every_backend
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(0, 3), groups=st.integers(1, 3), per_group=st.integers(1, 5), filters=st.integers(1, 12),
     maps=st.lists(dimension, min_size=1, max_size=3), kernel=st.integers(1, 4), stride=st.integers(1, 3),
@@ -385,7 +475,7 @@ dimension = st.integers(1, 9)
     dtype=st.sampled_from((torch.float32, torch.float64)),
 )  # fmt: skip
 def test_random_convolutions(
-    batch, groups, per_group, filters, maps, kernel, stride, padding, dilation, channels_last, activation,
+    backend, batch, groups, per_group, filters, maps, kernel, stride, padding, dilation, channels_last, activation,
     with_residual, dtype,
 ):  # fmt: skip
     rank = len(maps)
@@ -402,7 +492,7 @@ def test_random_convolutions(
     )[rank - 1]
     residual = None
     results = []
-    for name in ("reference", "cpu"):
+    for name in ("reference", backend):
         y = function(
             x, w, *vectors, stride, padding, dilation, groups, residual=residual, activation=activation, backend=name
         )
@@ -441,7 +531,7 @@ def test_other_instruction_sets(isa):
     if "this processor can run" in probe.stderr + probe.stdout:
         pytest.skip(f"this processor cannot run {isa}")
     assert f"{isa} kernels" in probe.stdout
-    chosen = "center or one_tap or window_mean or nan or sums or bits or project"
+    chosen = "cpu and (center or one_tap or window_mean or nan or sums or bits or project)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
         env=environment, capture_output=True, text=True,

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("info", [] {
     pybind11::dict info;
     info["isa"] = "none";
+    info["cuda"] = false;
     return info;
   });
 }
@@ -189,7 +190,8 @@ def test_wheel_from_sdist(wheel, unpacked_sdist, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
     assert top_level == {"deepcontrol_cuda", f"deepcontrol_cuda-{deepcontrol_cuda.__version__}.dist-info"}
-    assert {"deepcontrol_cuda/_build_info.json", "deepcontrol_cuda/py.typed"} <= set(names)
+    own = {f"deepcontrol_cuda/{name}" for name in ("_build_info.json", "proven.json", "py.typed")}
+    assert own <= set(names)
 
     python = make_environment(tmp_path / "venv")
     run(python, *OFFLINE_PIP, wheel, cwd=tmp_path)

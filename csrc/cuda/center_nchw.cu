@@ -73,8 +73,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
   if (phase == Phase::apply) {
 #pragma unroll
     for (int kind = 0; kind < kinds; ++kind) {
-      sums[kind] = 0;
-      for (int part = 0; part < plan.parts; ++part) sums[kind] += workspace[(kind * plan.parts + part) * all + run.map];
+      sums[kind] = sum_parts(workspace + kind * plan.parts * all + run.map, all, plan.parts);
     }
     return;
   }
@@ -90,7 +89,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);

@@ -102,16 +102,14 @@ __device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& map
     } else if (phase == Phase::sums) {
       partial[place.part * all] = totals[c];
     } else {
-      A sum = 0;
-      for (int part = 0; part < plan.parts; ++part) sum += partial[part * all];
-      sums[c] = sum;
+      sums[c] = sum_parts(partial, all, plan.parts);
     }
   }
   __syncthreads();
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);

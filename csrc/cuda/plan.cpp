@@ -12,6 +12,8 @@ constexpr int kMostBlocksOfCluster = 8;  // more is not portable
 int size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 int size_of_sum(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
+// How a map is summed depends on the map alone, never on how many there are: so a sample's result has the same bits in
+// whatever batch it comes.
 class Planner {
  public:
   Planner(const CenterCase& c, const Device& device) : c_(c), device_(device) {
@@ -91,30 +93,27 @@ class Planner {
     int widest = narrowest;
     while (widest < (n_ > 1 ? 32 : kThreads) && widest * n_ < c_.maps.channels) widest *= 2;
     if (!c_.centred) return apart(std::min(widest, std::max(line, narrowest)));
-    for (int lanes = widest; lanes > line; lanes /= 2) {
+    // Wider than a line only as long as a tile is too small to be worth a block.
+    constexpr int64_t kSmallTile = 12 * 1024;
+    CenterPlan wide{};
+    for (int lanes = std::max(line, narrowest); lanes <= widest; lanes *= 2) {
       const CenterPlan plan = cut(lanes, 1, false);
-      if (plan.shared <= preferred() && plan.blocks >= device_.processors) return plan;
+      if (plan.shared > preferred()) break;
+      wide = plan;
+      if (c_.maps.pixels * lanes * n_ * size_of(c_.dtype) >= kSmallTile) break;
     }
+    if (wide.blocks) return wide;
     const int full = std::max(narrowest, std::min(widest, line)), half = std::max(narrowest, full / 2);
     for (const auto& [lanes, most] : {std::pair{full, preferred()}, {half, preferred()}, {full, tolerable()},
                                       {half, tolerable()}, {half, device_.shared_memory}}) {
       const CenterPlan plan = on_chip(lanes, most);
-      if (plan.blocks) return occupied(plan);
+      if (plan.blocks) return plan;
     }
     for (int lanes = half; lanes >= narrowest; lanes /= 2) {
       const CenterPlan plan = on_chip(lanes, device_.shared_memory);
       if (plan.blocks) return plan;
     }
     return apart(full);
-  }
-
-  // A small batch on all multiprocessors: larger clusters, as long as every thread has something to do.
-  CenterPlan occupied(CenterPlan plan) const {
-    while (clusters_ && plan.blocks < device_.processors && plan.parts < kMostBlocksOfCluster &&
-           plan.part >= 2 * (kThreads / plan.lanes())) {
-      plan = cut(plan.lanes(), plan.parts * 2, true);
-    }
-    return plan;
   }
 
   CenterPlan nchw() const {

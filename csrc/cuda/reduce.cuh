@@ -39,6 +39,20 @@ __device__ __forceinline__ void sum_rows(const A (&sums)[n], int log_columns, A*
   __syncthreads();
 }
 
+// The sum of parts that lie `stride` apart, by groups, so that the rounding error does not grow with their number.
+template <class A>
+__device__ __forceinline__ A sum_parts(const A* parts, int64_t stride, int count) {
+  constexpr int kGroup = 16;
+  A total = 0;
+  for (int start = 0; start < count; start += kGroup) {
+    A sum = 0;
+#pragma unroll 4
+    for (int part = start; part < count && part < start + kGroup; ++part) sum += parts[part * stride];
+    total += sum;
+  }
+  return total;
+}
+
 // The same array in every block of the cluster: `sums` becomes its sum over the blocks, for all threads to read. A call of
 // cluster_wait() must follow behind everything else, since no block may leave or change its array while another reads it.
 template <class A>

@@ -230,13 +230,14 @@ cudaError_t run(const WindowMean& p, const Device& device, cudaStream_t stream) 
     const int64_t rows = p.maps.channels_innermost ? p.maps.channels : p.maps.samples * p.maps.channels;
     job.tiles = ceil_divide(rows, job.columns * n);
     const int64_t blocks = job.tiles * (p.maps.channels_innermost ? p.maps.samples : 1);
-    job.parts = 1;
+    // By the size of a map alone, so that a sample's means do not depend on its batch.
     const int64_t groups = p.maps.channels_innermost ? kThreads / job.columns : 32;
-    while (device.capability >= 90 && job.parts < 8 && blocks * job.parts < 8 * device.processors &&
-           p.maps.pixels >= 16 * groups * job.parts) {
-      job.parts *= 2;
+    job.parts = 1;
+    while (device.capability >= 90 && job.parts < 8 && p.maps.pixels > 32 * groups * job.parts) job.parts *= 2;
+    auto* kernel = means<T, n, true>;
+    if constexpr (n == 1) {
+      if (!p.maps.channels_innermost) kernel = means<T, 1, false>;
     }
-    const auto kernel = p.maps.channels_innermost ? means<T, n, true> : means<T, n, false>;
     const cudaError_t failed =
         launch(kernel, blocks * job.parts, kThreads, shared(job.columns), job.parts, stream, p, job);
     if (failed != cudaSuccess) return failed;

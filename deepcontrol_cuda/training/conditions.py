@@ -19,8 +19,15 @@ def conditions() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "deepcontrol_cuda": _version(),
-        "Deep Control backend": backends.explain(torch.empty(1, 1, 1)),
+        "Deep Control backend": _backend(),
     }
+
+
+def _backend() -> str:
+    try:
+        return backends.explain(torch.empty(1, 1, 1))
+    except RuntimeError as error:  # one is asked for that does not run on the CPU
+        return str(error)
 
 
 def cpu_model() -> str:

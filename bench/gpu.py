@@ -1,0 +1,427 @@
+"""``make gpu``: tests, checks and times the kernels on this machine's GPU, and writes down what was found.
+
+Tests and sanitizers run in processes of their own, since an error of a kernel ends all use of the GPU in its process.
+What comes of it: one file in bench/results, the table of docs/hardware.md, and deepcontrol_cuda/proven.json, from which
+the planner knows what it may choose. Nothing is called proven unless every test passed and its error is in its budget.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean
+from xml.etree import ElementTree
+
+import torch
+from torch.utils import cpp_extension
+
+from deepcontrol_cuda import backends, proven
+from deepcontrol_cuda.training.table import markdown_table
+
+from . import convolutions, hardware, kernels, record, report
+from .clock import Clock, GpuClock
+from .kernels import Case, Measured
+from .report import Verdict
+from .runner import Accuracy, Setting, WrongResultError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Without it cuBLAS is not deterministic, and torch refuses it in the tests that fill new memory with NaN.
+_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_SANITIZER_FOUND = 99
+# Shares of all the time that a step may take before it is stopped.
+_OP_TESTS, _GPU_TESTS, _SANITIZER = 0.4, 0.2, 0.12
+_SHARE_OF_COPY = 0.95
+_WORKERS = 8
+
+Key = tuple[str, str, str]
+"""Op, dtype and layout."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of tests or a sanitizer; ``passed`` is None where they could not run."""
+
+    what: str
+    passed: bool | None
+    summary: str
+    seconds: float
+
+
+@dataclass
+class Findings:
+    """All that a run finds; what an interruption or a broken GPU left undone is missing in it."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    checked: dict[Key, Accuracy] = field(default_factory=dict)
+    wrong: dict[Key, str] = field(default_factory=dict)
+    measured: list[Measured] = field(default_factory=list)
+    layers: list[convolutions.Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """What there was no time for."""
+    error: str | None = None
+
+    @property
+    def tests_passed(self) -> bool:
+        return bool(self.outcomes) and all(outcome.passed is not False for outcome in self.outcomes)
+
+    @property
+    def sound(self) -> bool:
+        return self.tests_passed and not self.wrong and self.error is None and bool(self.checked)
+
+    def proven(self) -> list[Key]:
+        if not self.tests_passed or self.error is not None:
+            return []
+        return [key for key in self.checked if key not in self.wrong]
+
+
+def missing() -> list[str]:
+    """What this machine lacks for ``make gpu``."""
+    if torch.version.cuda is None:
+        return ["a torch that is built for CUDA; name a Python that has one: make gpu VENV=none PYTHON=python3"]
+    if not torch.cuda.is_available():
+        return ["a GPU: torch.cuda.is_available() is False. Is the driver loaded, and CUDA_VISIBLE_DEVICES not empty?"]
+    lacks = []
+    if reason := backends._why_not_this_gpu(0):
+        lacks.append(f"a newer GPU: {reason}")
+    home = cpp_extension.CUDA_HOME
+    if home is None or shutil.which(os.path.join(home, "bin", "nvcc")) is None:
+        lacks.append("nvcc, of the CUDA toolkit that torch was built for; CUDA_HOME names its folder")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        lacks.append(f"a C++ compiler (looked for {compiler}; CXX names another)")
+    return lacks
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What TORCH_CUDA_ARCH_LIST is to be for a GPU; from 9.0 on there are instructions of one generation alone."""
+    return "{}.{}".format(*capability) + ("a" if capability >= (9, 0) else "")
+
+
+def run(output: Path, seconds: float, rounds: int, commit: str | None) -> int:
+    """All steps in order within about ``seconds``, and the exit status: 0 if everything was right."""
+    if reason := backends.available()["cuda"]:
+        print(f"error: backend 'cuda': {reason}", file=sys.stderr)
+        return 1
+    gpu = record.gpu()
+    progress = Progress(seconds)
+    progress.say(f"{gpu['name']}, compute capability {gpu['capability']}")
+    conditions = record.collect("gpu", rounds=rounds, seconds=seconds, cudnn_benchmark=True)
+    conditions["gpu"] = gpu
+    findings = Findings()
+    try:
+        test(findings, progress)
+        measure(findings, progress, GpuClock(), "cuda", rounds)
+    except KeyboardInterrupt:
+        findings.error = "interrupted"
+    except Exception as error:  # such as an illegal access, after which the GPU is lost to this process
+        traceback.print_exc()
+        findings.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    write(findings, conditions, output, commit)
+    progress.say("done" if findings.sound else "FAILED")
+    return 0 if findings.sound else 1
+
+
+class Progress:
+    """Lines with the time since the start, and how much is left."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.start = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.start)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
+
+
+def test(findings: Findings, progress: Progress) -> None:
+    """The tests marked gpu, then the sanitizers."""
+    workers = ["-n", str(min(_WORKERS, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    own = "tests/test_gpu.py"
+    steps = [
+        ("op tests", lambda limit: pytest("op tests", ["tests", f"--ignore={own}", *workers], limit), _OP_TESTS),
+        ("GPU tests", lambda limit: pytest("GPU tests", [own], limit), _GPU_TESTS),
+        ("memcheck", lambda limit: sanitize("memcheck", [], limit), _SANITIZER),
+        ("memcheck, convolutions", lambda limit: sanitize("memcheck", ["convolutions"], limit), _SANITIZER),
+        ("racecheck", lambda limit: sanitize("racecheck", [], limit), _SANITIZER),
+    ]
+    for what, step, share in steps:
+        progress.say(what)
+        outcome = step(share * progress.seconds)
+        findings.outcomes.append(outcome)
+        words = {None: "left out", True: "passed", False: "FAILED"}
+        progress.say(f"{what} {words[outcome.passed]}: {outcome.summary}")
+
+
+def pytest(what: str, arguments: Sequence[str], limit: float) -> Outcome:
+    """The tests marked gpu among ``arguments``; to pass, some must have run."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.xml"
+        options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={file}"]
+        code, _ = _command([sys.executable, "-m", "pytest", *options, *arguments], limit, show=True)
+        counts = _counts(file)
+    summary = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no report"
+    if code is None:
+        summary = f"stopped after {limit:.0f} s"
+    return Outcome(what, code == 0 and counts.get("passed", 0) > 0, summary, time.monotonic() - start)
+
+
+def _counts(file: Path) -> dict[str, int]:
+    if not file.exists():
+        return {}
+    suites = [suite.attrib for suite in ElementTree.parse(file).iter("testsuite")]
+    total, failures, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    )
+    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
+
+
+def sanitize(tool: str, arguments: Sequence[str], limit: float) -> Outcome:
+    """bench/sanitize_gpu.py under a tool of compute-sanitizer."""
+    what = " ".join([tool, *arguments])
+    program = shutil.which("compute-sanitizer")
+    if program is None and cpp_extension.CUDA_HOME is not None:
+        program = shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "compute-sanitizer"))
+    if program is None:
+        return Outcome(what, None, "compute-sanitizer is not installed", 0.0)
+    start = time.monotonic()
+    command = [program, "--tool", tool, "--error-exitcode", str(_SANITIZER_FOUND), sys.executable, "-m"]
+    # Every tensor is an allocation of its own then, with bounds that memcheck knows.
+    code, text = _command([*command, "bench.sanitize_gpu", *arguments], limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    seconds = time.monotonic() - start
+    lines = [line.strip("= ") for line in text.splitlines() if line.strip("= ")] or ["no output"]
+    if code is None:
+        return Outcome(what, None, f"stopped after {limit:.0f} s", seconds)
+    if code == 0:
+        return Outcome(what, True, lines[-1], seconds)
+    if "not supported" in text.lower() and code != _SANITIZER_FOUND:
+        return Outcome(what, None, next(line for line in lines if "not supported" in line.lower()), seconds)
+    print(text, flush=True)
+    return Outcome(what, False, lines[-1], seconds)
+
+
+def _command(command: Sequence[str], limit: float, show: bool = False, **variables: str) -> tuple[int | None, str]:
+    """Exit status and output of a command; None and what there was if ``limit`` seconds were not enough."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | _ENVIRONMENT | variables, text=True, start_new_session=True,
+        stdout=None if show else subprocess.PIPE, stderr=None if show else subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=limit)
+        return process.returncode, text or ""
+    except subprocess.TimeoutExpired:
+        # Its workers too.
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        return None, text or ""
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def measure(findings: Findings, progress: Progress, clock: Clock, backend: str, rounds: int) -> None:
+    """Errors of every op, dtype and layout; then times, until there is no time left."""
+    library = getattr(torch.ops, backends._compiled[backend].namespace)
+    progress.say("errors against float64")
+    _check(findings, library, backend, clock.device)
+    for key, text in findings.wrong.items():
+        progress.say(f"WRONG: {', '.join(key)}: {text}")
+
+    tasks = [(str(case), case, lambda case=case: kernels.measure(case, library, clock, rounds)) for case in cases()]
+    tasks += [
+        (f"{shape}, {setting}", setting,
+         lambda shape=shape, setting=setting: convolutions.measure(shape, setting, 64, backend, clock, rounds))
+        for shape, setting in layers()
+    ]  # fmt: skip
+    tasks.sort(key=lambda task: (task[1].dtype, task[1].layout) != ("bfloat16", "channels_last"))
+    progress.say(f"times of {len(tasks)} kernels and layers")
+    for i, (name, what, task) in enumerate(tasks):
+        if progress.left <= 0:
+            findings.left_out.append(name)
+            continue
+        try:
+            result = task()
+        except WrongResultError as error:
+            op = what.op if isinstance(what, Case) else "conv_center"
+            findings.wrong[op, what.dtype, what.layout] = str(error)
+            progress.say(f"WRONG: {error}")
+            continue
+        if isinstance(result, Measured):
+            findings.measured.append(result)
+        else:
+            findings.layers.append(result)
+        if i % 20 == 0:
+            progress.say(f"{i + 1} of {len(tasks)}: {name}")
+    if findings.left_out:
+        progress.say(f"no time was left for {len(findings.left_out)} of them")
+
+
+# Functions, so that a dry run can have fewer.
+def cases() -> list[Case]:
+    return kernels.timed()
+
+
+def layers():
+    return convolutions.timed()
+
+
+def checks() -> list[Case]:
+    return kernels.checks()
+
+
+def _check(findings: Findings, library, backend: str, device: str) -> None:
+    for case in checks():
+        _note(findings, (case.op, case.dtype, case.layout), lambda case=case: [kernels.check(case, library, device)])
+    for dtype, layout, shape in product(kernels.DTYPES, kernels.LAYOUTS, convolutions.CHECKED):
+        setting = Setting(dtype, layout, "training")
+        try:
+            found = convolutions.check(shape, setting, 4, backend, device)
+        except WrongResultError as error:
+            for op in ("conv_center", "conv_center_backward"):
+                findings.wrong[op, dtype, layout] = str(error)
+            continue
+        output = found.pop("output")
+        _note(findings, ("conv_center", dtype, layout), lambda output=output: [output])
+        _note(findings, ("conv_center_backward", dtype, layout), found.values)
+
+
+def _note(findings: Findings, key: Key, check) -> None:
+    """Keep the worst accuracy that was found for ``key``."""
+    try:
+        accuracies: Iterable[Accuracy] = check()
+    except WrongResultError as error:
+        findings.wrong[key] = str(error)
+        return
+    before = [findings.checked[key]] if key in findings.checked else []
+    findings.checked[key] = max([*before, *accuracies], key=lambda accuracy: accuracy.error / accuracy.budget)
+
+
+def write(findings: Findings, conditions: dict[str, object], output: Path, commit: str | None) -> None:
+    """The JSON, docs/hardware.md and proven.json; proofs of this compute capability from earlier runs are replaced."""
+    gpu, date = conditions["gpu"], conditions["date"]
+    if commit is None:
+        known = conditions["commit"]
+        commit = "unknown" if known is None else known["hash"] + (" + changes" if known["dirty"] else "")
+    found = verdicts(findings)
+    path = record.write(conditions | _as_json(findings, found, commit), output)
+    keys = findings.proven()
+    proofs = [proven.Proof(*key, gpu["capability"], gpu["name"], commit, date) for key in keys]
+    others = [proof for proof in _read_proofs() if proof.capability != gpu["capability"]]
+    proven.write([*others, *proofs], proven.FILE)
+    hardware.rewrite(hardware.FILE, gpu["name"], entries(findings, gpu["name"], commit))
+    if findings.measured:
+        print(f"\n{_measured_table(findings.measured)}\n")
+    if findings.layers:
+        print(f"{_layers_table(findings.layers)}\n")
+    if found:
+        print(f"{report.verdicts_table(found)}\n")
+    print(f"{len(keys)} of {len(findings.checked | findings.wrong)} combinations of op, dtype and layout are proven.")
+    print(f"Written to {path}, {hardware.FILE} and {proven.FILE}")
+
+
+def _read_proofs() -> Sequence[proven.Proof]:
+    try:
+        return proven.read(proven.FILE)
+    except (OSError, ValueError) as error:
+        print(f"The table of proofs could not be read and is made anew: {error}")
+        return ()
+
+
+def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[str, object]:
+    return {
+        "commit_of_proofs": commit,
+        "complete": findings.error is None and not findings.left_out,
+        "error": findings.error,
+        "left_out": findings.left_out,
+        "times_in": "seconds",
+        "outcomes": [asdict(outcome) for outcome in findings.outcomes],
+        "accuracies": [_keyed(key) | asdict(accuracy) for key, accuracy in findings.checked.items()],
+        "wrong": [_keyed(key) | {"what": text} for key, text in findings.wrong.items()],
+        "kernels": [
+            asdict(m) | {"bytes_per_second": m.bytes_per_second, "share_of_copy": m.share_of_copy}
+            for m in findings.measured
+        ],
+        "layers": [asdict(row) for row in findings.layers],
+        "verdicts": [asdict(verdict) for verdict in found],
+    }
+
+
+def _keyed(key: Key) -> dict[str, str]:
+    return dict(zip(("op", "dtype", "layout"), key))
+
+
+def verdicts(findings: Findings) -> list[Verdict]:
+    """Share of a copy for center and its backward, which have a target, and ours over its peers."""
+    found = []
+    for op in ("center", "center_backward"):
+        groups = {(m.case.variant, m.case.dtype, m.case.layout) for m in findings.measured if m.case.op == op}
+        for group in sorted(groups):
+            shares = [
+                m.share_of_copy
+                for m in findings.measured
+                if (m.case.op, m.case.variant, m.case.dtype, m.case.layout) == (op, *group)
+            ]
+            what = f"{op}, {', '.join(group)}: share of a copy, geometric mean"
+            found.append(report.at_least(what, geometric_mean(shares), _SHARE_OF_COPY))
+    for setting in dict.fromkeys(row.setting for row in findings.layers):
+        rows = [row for row in findings.layers if row.setting == setting]
+        for peer, to in (("ours", "conv_relu"), ("conv_bn_relu", "ours")):
+            mean = geometric_mean(row.ratio(peer, to) for row in rows)
+            found.append(Verdict(f"{setting}: {peer} / {to}, geometric mean", mean))
+    return found
+
+
+def entries(findings: Findings, gpu: str, commit: str) -> list[hardware.Entry]:
+    """A line of docs/hardware.md for every op, dtype and layout that was checked."""
+    keys = findings.proven()
+    found = []
+    for key in dict.fromkeys([*findings.checked, *findings.wrong]):
+        if key in findings.wrong:
+            state = "WRONG RESULT"
+        else:
+            state = "proven" if key in keys else "tests failed"
+        accuracy = findings.checked.get(key)
+        error = f"{accuracy.error:.1e} of {accuracy.budget:.1e}" if accuracy else "-"
+        measured = [m for m in findings.measured if (m.case.op, m.case.dtype, m.case.layout) == key]
+        found.append(hardware.Entry(*key, state, gpu, commit, error, *_speed(measured)))
+    return found
+
+
+def _speed(measured: Sequence[Measured]) -> tuple[str, str]:
+    if not measured:
+        return "-", "-"
+    speeds = [m.bytes_per_second / 1e9 for m in measured]
+    shares = [m.share_of_copy for m in measured]
+    share = f"{geometric_mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+    return f"{min(speeds):.0f} to {max(speeds):.0f}", share
+
+
+def _measured_table(measured: Sequence[Measured]) -> str:
+    lines = [["kernel", "microseconds", "GB/s", "share of a copy"]]
+    for m in measured:
+        median = m.seconds["kernel"].median
+        lines.append([str(m.case), f"{1e6 * median:.1f}", f"{m.bytes_per_second / 1e9:.0f}", f"{m.share_of_copy:.2f}"])
+    return markdown_table(lines)
+
+
+def _layers_table(rows: Sequence[convolutions.Row]) -> str:
+    lines = [["layer", "conv + ReLU, us", "conv + BN + ReLU / that", "ours / that"]]
+    for row in rows:
+        ratios = [f"{row.ratio(name, 'conv_relu'):.2f}" for name in ("conv_bn_relu", "ours")]
+        lines.append([f"{row.shape}, {row.setting}", f"{1e6 * row.times['conv_relu'].median:.1f}", *ratios])
+    return markdown_table(lines)

@@ -1,0 +1,80 @@
+"""Runs every kernel a few times on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu``.
+
+Tensors are made on the CPU and copied, so that nearly all that runs on the GPU is this package's. With the argument
+``convolutions`` the two ops around cuDNN's convolution run instead; of what cuDNN does there racecheck knows nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from deepcontrol_cuda import backends
+
+# Whole vectors and odd ends; one pixel; maps that the blocks of a cluster share, and one that takes two launches.
+SHAPES = ((2, 64, 8, 8), (3, 19, 9, 7), (2, 9, 1, 1), (1, 8, 96, 96), (1, 3, 300, 301), (1, 2, 700, 701))
+ACTIVATIONS = ("identity", "relu", "silu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def main(arguments: list[str], backend: str = "cuda") -> int:
+    """Run all of it through ``backend``, and print how many calls that were."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    ops = getattr(torch.ops, backends._compiled[backend].namespace)
+    run = _convolutions if arguments == ["convolutions"] else _kernels
+    count = sum(run(ops, _Maker(dtype, format, device)) for dtype, format in product(DTYPES, FORMATS))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count} calls")
+    return 0
+
+
+class _Maker:
+    def __init__(self, dtype: torch.dtype, format: torch.memory_format, device: str):
+        self.dtype, self.format, self.device = dtype, format, device
+
+    def maps(self, *shape: int) -> Tensor:
+        return torch.randn(shape).to(self.dtype, memory_format=self.format).to(self.device)
+
+    def vectors(self, channels: int) -> list[Tensor]:
+        wide = torch.float32 if self.dtype.itemsize == 2 else self.dtype
+        return [(torch.rand(channels, dtype=wide) + 0.5).to(self.device) for _ in range(3)]
+
+
+def _kernels(ops, make: _Maker) -> int:
+    count = 0
+    for i, (shape, activation) in enumerate(product(SHAPES, ACTIVATIONS)):
+        x, grad, residual = make.maps(*shape), make.maps(*shape), make.maps(*shape) if i % 2 else None
+        gain, mean_scale, bias = make.vectors(shape[1])
+        for vector, constant in ((mean_scale, 1.0), (None, 0.0)):
+            arguments = (x, gain, vector, constant, bias, residual, activation, 0.1, True)
+            _, mean, saved = ops.center(*arguments)
+            ops.center_with_mean(*arguments)
+            for mask in ([True] * 5, [True, False, True, True, False]):
+                ops.center_backward(grad, x, gain, vector, constant, mean, saved, activation, 0.1, mask)
+            count += 4
+    for shape, (kernel, stride, padding) in product(SHAPES[:2], ((3, 1, 1), (3, 2, 1), (1, 2, 0), (5, 1, 4))):
+        ops.window_mean(make.maps(*shape), *([value] * 2 for value in (kernel, stride, padding, 1)))
+        count += 1
+    gradients = [make.maps(o, c, k, k) for o, c, k in ((33, 7, 3), (8, 16, 3), (4, 3, 7), (64, 64, 1))]
+    ops.project_kernel_gradients_(gradients, 0.9)
+    for gradient in gradients:
+        ops.finish_weight_grad_(gradient, gradient.clone(), make.vectors(len(gradient))[0], None, 0.9)
+    return count + 1 + len(gradients)
+
+
+def _convolutions(ops, make: _Maker) -> int:
+    x, grad, w = make.maps(2, 19, 9, 7), make.maps(2, 33, 9, 7), make.maps(33, 19, 3, 3)
+    gain, mean_scale, bias = make.vectors(33)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    _, mean, saved = ops.conv_center(x, w, gain, mean_scale, 1.0, bias, grad, *geometry, "relu", 0.0, True)
+    ops.conv_center_backward(grad, x, w, gain, mean_scale, 1.0, mean, saved, *geometry, "relu", 0.0, 0.9, [True] * 6)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""How the CUDA kernels cut maps into blocks: fits the GPU, covers every map, keeps several blocks a multiprocessor."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepcontrol_cuda import _ops
+
+plan_center = _ops.extension.plan_center
+H100 = {"capability": 90, "processors": 132, "shared_memory": 227 * 1024}
+A100 = {"capability": 80, "processors": 108, "shared_memory": 163 * 1024}
+RTX_3090 = {"capability": 86, "processors": 82, "shared_memory": 99 * 1024}
+GPUS = {"H100": H100, "A100": A100, "RTX 3090": RTX_3090}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    samples=st.integers(1, 300), channels=st.integers(1, 4100), side=st.integers(1, 300), innermost=st.booleans(),
+    dtype=st.sampled_from(DTYPES), backward=st.booleans(), smooth=st.booleans(), gpu=st.sampled_from(list(GPUS)),
+)  # fmt: skip
+def test_every_plan_fits_and_covers(samples, channels, side, innermost, dtype, backward, smooth, gpu):
+    pixels = side * side
+    plan = plan_center(samples, channels, pixels, innermost, dtype, backward, smooth, **GPUS[gpu])
+    vector = {"float32": 4, "bfloat16": 8, "float16": 8, "float64": 1}[dtype] if plan["vectorized"] else 1
+    assert plan["shared"] <= GPUS[gpu]["shared_memory"]
+    assert plan["parts"] * plan["part"] >= pixels
+    assert plan["lanes"] * vector % 8 == 0 or not innermost  # whole bytes of bits
+    if plan["cluster"]:
+        assert GPUS[gpu]["capability"] >= 90
+        assert plan["parts"] in (2, 4, 8)
+    else:
+        assert (plan["parts"] - 1) * plan["part"] < pixels  # no block for nothing
+    tiles = -(-channels // (plan["lanes"] * vector)) if innermost else -(-channels * samples // plan["maps"])
+    assert plan["blocks"] == tiles * (samples if innermost else 1) * plan["parts"]
+    if not innermost and plan["parts"] > 1:
+        assert plan["maps"] == 1
+        assert plan["part"] % 8 == 0
+
+
+RESNET_MAPS = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=("forward", "backward"))
+@pytest.mark.parametrize("batch", [64, 256])
+@pytest.mark.parametrize(("channels", "side"), RESNET_MAPS)
+def test_resnet_maps_are_read_once_in_whole_sectors_on_hopper(channels, side, batch, backward):
+    """bfloat16 channels_last: on chip, rows of 64 bytes or more, two blocks a multiprocessor."""
+    plan = plan_center(batch, channels, side * side, True, backward=backward, **H100)
+    assert plan["parts"] == 1 or plan["cluster"]
+    assert plan["vectorized"]
+    assert plan["lanes"] * 16 >= 64
+    assert 2 * (plan["shared"] + 1024) <= 228 * 1024
+
+
+def test_without_clusters_the_largest_maps_take_two_launches():
+    plan = plan_center(64, 64, 112 * 112, True, **A100)
+    assert plan["parts"] > 1
+    assert not plan["cluster"]
+
+
+@pytest.mark.parametrize("innermost", [False, True], ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize(("channels", "side"), [*RESNET_MAPS, (19, 9)])
+def test_how_a_map_is_summed_does_not_depend_on_the_batch(channels, side, innermost):
+    plans = [plan_center(batch, channels, side * side, innermost, **H100) for batch in (1, 2, 64, 1000)]
+    assert len({(p["lanes"], p["part"], p["parts"]) for p in plans}) == 1
