@@ -15,9 +15,9 @@ enum class Phase { whole, sums, apply };
 template <class T>
 constexpr int kCenterVector = std::is_same_v<T, double> ? 1 : kVector<T>;
 
-// Doubles take twice the registers, and no one waits for them.
-template <class T>
-constexpr int kBlocksOf = std::is_same_v<T, double> ? 2 : kBlocks;
+// Doubles and the rarer activations take more registers.
+template <class T, bool rectified>
+constexpr int kBlocksOf = std::is_same_v<T, double> || !rectified ? 2 : kBlocks;
 
 // values[j] = vector[first + j], or `absent` where there is no vector or no such channel.
 template <int n, class A>

@@ -89,7 +89,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);

@@ -109,7 +109,7 @@ __device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& map
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);

@@ -1,0 +1,208 @@
+"""nvcc compiles every kernel, and what it makes of them keeps to the budgets: no GPU is needed to see that."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from host_cuda.build import COMPILER
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc") or shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc")
+# The oldest that is supported, the one with clusters that is tuned for, and the newest that this nvcc knows.
+ARCHITECTURES = ("sm_80", "sm_90a", "newest")
+
+# Two blocks of 256 threads a multiprocessor, and three for the kernels that most calls get.
+REGISTERS = 128
+REGISTERS_OF_FREQUENT = 80
+STATIC_SHARED_MEMORY = 48 * 1024
+
+pytestmark = pytest.mark.slow
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@dataclass
+class Kernel:
+    """What ptxas reports of a kernel, in bytes, and its PTX."""
+
+    name: str
+    registers: int
+    stack: int
+    spills: int
+    static_shared: int
+    ptx: str
+
+
+def run(*command: object) -> str:
+    """What the command says, on both channels."""
+    words = [str(word) for word in command]
+    finished = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert finished.returncode == 0, f"{' '.join(words)}\n{finished.stdout}"
+    return finished.stdout
+
+
+def nvcc_flags() -> list[str]:
+    """Those of setup.py, and those that torch adds to them."""
+    spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
+    build_script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_script)
+    return [*cpp_extension.COMMON_NVCC_FLAGS, *build_script.NVCC_FLAGS]
+
+
+def newest_architecture() -> str:
+    return max(run(NVCC, "--list-gpu-code").split(), key=lambda name: int(re.search(r"\d+", name)[0]))
+
+
+def numbers(pattern: str, text: str) -> int:
+    return sum(int(number) for number in re.findall(pattern, text))
+
+
+def read_kernels(source: Path, report: str, ptx: str) -> list[Kernel]:
+    """The kernels of one source. What ptxas says of functions that it did not inline goes to the kernel before them."""
+    # Bodies of entry functions end with a brace at the beginning of a line.
+    bodies = dict(re.findall(r"^(?:\.visible )?\.entry (\w+)\((.*?)^}", ptx, re.DOTALL | re.MULTILINE))
+    mangled = re.findall(r"Compiling entry function '(\w+)'", report)
+    plain = run("c++filt", *mangled).splitlines() if mangled else []
+    kernels = []
+    for symbol, name, text in zip(mangled, plain, re.split(r"Compiling entry function ", report)[1:]):
+        kernels.append(
+            Kernel(
+                # Of "void space::(anonymous namespace)::f<int>(int)" only "f<int>".
+                name=f"{source.name}: " + re.search(r"(?:\(anonymous namespace\)::)?(\w+(?:<.*?>)?)\(", name)[1],
+                registers=max(int(number) for number in re.findall(r"Used (\d+) registers", text)),
+                stack=numbers(r"(\d+) bytes stack frame", text),
+                spills=numbers(r"(\d+) bytes spill", text),
+                static_shared=numbers(r"(\d+) bytes smem", text),
+                ptx=bodies[symbol],
+            )
+        )
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, list[Kernel]]:
+    """All kernels of each architecture; two compilers at a time."""
+    folder = tmp_path_factory.mktemp("cubins")
+    flags = nvcc_flags()
+
+    def compile_one(job: tuple[str, Path]) -> tuple[str, list[Kernel]]:
+        architecture, source = job
+        real = newest_architecture() if architecture == "newest" else architecture
+        kept = folder / f"{architecture}-{source.stem}"
+        kept.mkdir()
+        cubin = ("-cubin", "-o", kept / "kernel.cubin", "--keep", "--keep-dir", kept)
+        report = run(NVCC, *flags, f"-arch={real}", "-Xptxas", "-v", *cubin, source)
+        return architecture, read_kernels(source, report, (kept / f"{source.stem}.ptx").read_text())
+
+    # Those that take longest first.
+    sources = sorted(KERNELS, key=lambda path: path.stat().st_size, reverse=True)
+    result = {architecture: [] for architecture in ARCHITECTURES}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [(architecture, source) for source in sources for architecture in ARCHITECTURES]
+        for architecture, kernels in pool.map(compile_one, jobs):
+            assert kernels
+            result[architecture] += kernels
+    return result
+
+
+def is_center(kernel: Kernel) -> bool:
+    return kernel.name.startswith("center_")
+
+
+def is_frequent(kernel: Kernel) -> bool:
+    """center and its backward for relu and identity, `rectified` in the template, but not of doubles."""
+    return is_center(kernel) and kernel.name.endswith(", true>") and "<double" not in kernel.name
+
+
+def vectorized_centers(kernels: list[Kernel]) -> list[Kernel]:
+    """Those that move more than one element at a time: the number of them is the second argument of the template."""
+    return [kernel for kernel in kernels if is_center(kernel) and int(re.search(r"<\w+, (\d+)", kernel.name)[1]) > 1]
+
+
+def check(kernels: list[Kernel], describe: Callable[[Kernel], str | None]) -> None:
+    """``describe`` says what is wrong with a kernel, if anything."""
+    wrong = [f"{kernel.name}: {text}" for kernel in kernels if (text := describe(kernel))]
+    assert not wrong, "\n".join(["", *wrong])
+
+
+@needs_nvcc
+@architectures
+def test_nothing_spills(compiled, architecture):
+    def describe(kernel):
+        if kernel.stack or kernel.spills:
+            return f"{kernel.stack} bytes of stack, {kernel.spills} bytes of spills"
+
+    check(compiled[architecture], describe)
+
+
+@needs_nvcc
+@architectures
+def test_registers(compiled, architecture):
+    assert any(is_frequent(kernel) for kernel in compiled[architecture])
+
+    def describe(kernel):
+        budget = REGISTERS_OF_FREQUENT if is_frequent(kernel) else REGISTERS
+        if kernel.registers > budget:
+            return f"{kernel.registers} registers, budget {budget}"
+
+    check(compiled[architecture], describe)
+
+
+@needs_nvcc
+@architectures
+def test_static_shared_memory(compiled, architecture):
+    def describe(kernel):
+        if kernel.static_shared > STATIC_SHARED_MEMORY:
+            return f"{kernel.static_shared} bytes of static shared memory, budget {STATIC_SHARED_MEMORY}"
+
+    check(compiled[architecture], describe)
+
+
+@needs_nvcc
+@architectures
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        pytest.param(r"st\.global\.v4\.\w?32\s", id="store"),
+        pytest.param(r"cp\.async\.cg\.shared\.global \[%\w+\], \[%\w+\], 16;", id="copy"),
+    ],
+)
+def test_center_moves_sixteen_bytes_at_a_time(compiled, architecture, instruction):
+    kernels = vectorized_centers(compiled[architecture])
+    assert kernels
+    check(kernels, lambda kernel: None if re.search(instruction, kernel.ptx) else f"no {instruction}")
+
+
+@needs_nvcc
+@architectures
+def test_no_sum_depends_on_the_order_of_threads(compiled, architecture):
+    """No atomics on floating-point numbers."""
+    check(compiled[architecture], lambda kernel: ", ".join(re.findall(r"\b(?:atom|red)\.[\w.:]*\.b?f\d+", kernel.ptx)))
+
+
+def cuda_runtime_headers() -> Path | None:
+    folders = [Path(cpp_extension.CUDA_HOME or "/usr/local/cuda") / "include"]
+    return next((folder for folder in folders if (folder / "cuda_runtime_api.h").exists()), None)
+
+
+@pytest.mark.skipif(cuda_runtime_headers() is None, reason="there are no headers of a CUDA toolkit")
+@pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cpp")), ids=lambda path: path.name)
+def test_host_code_fits_the_headers_of_torch_and_cuda(source):
+    """A torch for the CPU brings the headers too, all but one that its build would have made."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    folders = [torch_headers, torch_headers / "torch/csrc/api/include", cuda_runtime_headers()]
+    flags = ["-std=c++17", "-Wall", "-Werror", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DDEEPCONTROL_CUDA"]
+    includes = [f"-isystem{folder}" for folder in folders]
+    run(*COMPILER, *flags, *includes, "-fsyntax-only", source)
