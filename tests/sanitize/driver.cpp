@@ -22,6 +22,7 @@
 
 #include "kernels.h"
 
+using namespace deepcontrol;
 using namespace deepcontrol::cpu;
 
 static bool guarded;
@@ -139,8 +140,6 @@ class Bits {
 };
 
 static constexpr double kSlope = 0.25;
-static bool is_piecewise(Activation a) { return a != Activation::identity && a <= Activation::relu6; }
-static bool is_smooth(Activation a) { return a > Activation::relu6; }
 
 static double activate(Activation a, double v) {
   switch (a) {
@@ -188,7 +187,7 @@ static void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t 
 static Layout layout_of(int64_t samples, int64_t channels, int64_t pixels, bool channels_innermost) {
   const int64_t most = random_below(2) ? kMostChannels : 32;
   const int64_t block = channels_innermost ? std::min((channels + 31) / 32 * 32, most) : 1;
-  return {samples, channels, pixels, channels_innermost, block};
+  return {{samples, channels, pixels, channels_innermost}, block};
 }
 
 // Calls f(map, pixel, element, row of bits, place in it) for every element; `map` counts samples * channels.
