@@ -2,8 +2,8 @@
 //
 // A map is a row of memory. A block brings a run of whole maps on chip with cp.async, in vectors whatever the length of a
 // map is, and hands each to a team of threads: 8 lanes, a warp or all of the block, by size. A map that is more than a
-// block should hold is shared by the blocks of a cluster, one that is more than a cluster can hold costs two launches and
-// a second read. Else the traffic is that of center_nhwc.cu.
+// block should hold is shared by the blocks of a cluster, one that is more than a cluster can hold costs launches of
+// their own for sums and apply, and a second read. Else the traffic is that of center_nhwc.cu.
 //
 // Where the length of a map is no multiple of a vector, teams go through shared memory element by element, leave their
 // results there, and the block writes them out in vectors as it read them.
@@ -73,7 +73,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
   if (phase == Phase::apply) {
 #pragma unroll
     for (int kind = 0; kind < kinds; ++kind) {
-      sums[kind] = sum_parts(workspace + kind * plan.parts * all + run.map, all, plan.parts);
+      sums[kind] = workspace[kind * plan.parts * all + run.map];
     }
     return;
   }
@@ -89,7 +89,7 @@ __device__ __forceinline__ void sum_map(A (&sums)[kinds], const CenterPlan& plan
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, rectified>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     const int64_t map = run.map + mine;
     const unsigned channel = (run.channel + mine) % unsigned(p.maps.channels);
     T* staged = shared.staged + mine * run.pixels;
-    A removed = 0, gain = 1, bias = 0;
+    A mean_scale = 0, gain = 1, bias = 0;
     if (inside) {
-      removed = p.mean_scale ? static_cast<const A*>(p.mean_scale)[channel] : A(p.constant);
+      mean_scale = p.mean_scale ? static_cast<const A*>(p.mean_scale)[channel] : A(p.constant);
       if (p.gain) gain = static_cast<const A*>(p.gain)[channel];
       if (p.bias) bias = static_cast<const A*>(p.bias)[channel];
     }
@@ -131,10 +131,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
       sum_map(sum, plan, p.maps, run, phase, shared, static_cast<A*>(p.workspace));
       if (phase == Phase::sums) return;
       const A mean = sum[0] * per_pixel;
-      removed *= mean;
+      bias -= mean_scale * mean * gain;
       if (inside && lane == 0 && run.part == 0) *at<A>(p.map_mean, map) = p.mean_of_scaled ? gain * mean : mean;
-    } else {
-      removed = 0;
     }
 
     const int64_t from = run.first + mine * p.maps.pixels;
@@ -148,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
           A y[n];
           load<n>(staged + i, y);
 #pragma unroll
-          for (int j = 0; j < n; ++j) y[j] = (y[j] - removed) * gain + bias;
+          for (int j = 0; j < n; ++j) y[j] = y[j] * gain + bias;
           if (with_extras() && p.residual) {
             A residual[n];
             load_constant<n>(at<T>(p.residual, from + i), residual);
@@ -197,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, rectified>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Run run(p.maps, plan);
@@ -237,9 +235,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
       }
     };
 
-    A removed = 0, scale = 1;
+    A offset = 0, scale = 1;
     if (inside) {
-      removed = p.mean_scale ? static_cast<const A*>(p.mean_scale)[channel] : A(p.constant);
+      offset = p.mean_scale ? static_cast<const A*>(p.mean_scale)[channel] : A(p.constant);
       if (p.scale) scale = static_cast<const A*>(p.scale)[channel];
     }
     if (needs_sums) {
@@ -261,13 +259,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
       }
       sum_map(sums, plan, p.maps, run, phase, shared, static_cast<A*>(p.workspace));
       if (phase == Phase::sums) return;
-      removed *= p.centred ? sums[0] * per_pixel : A(0);
+      offset *= p.centred ? -scale * (sums[0] * per_pixel) : A(0);
       if (inside && lane == 0 && run.part == 0) {
         if (p.sums) *at<A>(p.sums, map) = sums[0];
         if (p.dots) *at<A>(p.dots, map) = sums[1];
       }
     } else {
-      removed = 0;
+      offset = 0;
     }
 
 #pragma unroll 2
@@ -276,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
       error(i, e);
       if (p.grad_residual) store<n>(at<T>(p.grad_residual, element + i), e);
 #pragma unroll
-      for (int j = 0; j < n; ++j) e[j] = (e[j] - removed) * scale;
+      for (int j = 0; j < n; ++j) e[j] = e[j] * scale + offset;
       if constexpr (n > 1) {
         if (p.grad_input) store<n>(at<T>(p.grad_input, element + i), e);
       } else {
@@ -295,14 +293,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
 }  // namespace
 
 cudaError_t launch_center_forward_nchw(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return run_center(p, plan, p.map_mean != nullptr, stream, [&](auto* type, auto n) {
+  return run_center(p, plan, p.map_mean ? 1 : 0, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
     return is_rectified(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
   });
 }
 
 cudaError_t launch_center_backward_nchw(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return run_center(p, plan, p.centred || p.sums || p.dots, stream, [&](auto* type, auto n) {
+  return run_center(p, plan, p.dots ? 2 : p.centred || p.sums ? 1 : 0, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
     return is_rectified(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
   });

@@ -4,7 +4,8 @@
 // tile on chip with cp.async, adds up its columns there, and writes what it makes of it. So forward reads the input and
 // writes the output once (z and the residual in, y and one bit an element out), backward reads grad_output and the bits
 // and writes grad_input once. Where a tile is more than a block should hold, the blocks of a cluster have a part each and
-// exchange their sums; where it is more than a cluster can hold, there are two launches, and the input is read twice.
+// exchange their sums; where it is more than a cluster can hold, sums and apply are launches of their own, and the input is
+// read twice.
 //
 // A thread has one column of channels and every (kThreads / lanes)-th pixel; it sums and writes what it loaded itself.
 
@@ -16,7 +17,9 @@ namespace {
 
 // One thread's part of a tile.
 struct Place {
-  int64_t sample, tile, channel;
+  int64_t sample;
+  int64_t first_channel;  // of the tile
+  int64_t channel;        // of the thread
   int64_t pixel;   // the first
   int64_t first;   // its element
   int64_t stride;  // elements from one pixel to the next
@@ -31,8 +34,8 @@ struct Place {
     const unsigned block = blockIdx.x / unsigned(plan.parts);
     part = blockIdx.x % unsigned(plan.parts);
     sample = block / unsigned(plan.tiles);
-    tile = int64_t(block % unsigned(plan.tiles)) * (plan.lanes() * n);
-    channel = tile + column * n;
+    first_channel = int64_t(block % unsigned(plan.tiles)) * (plan.lanes() * n);
+    channel = first_channel + column * n;
     inside = channel < maps.channels;
     const int64_t begin = part * plan.part;
     const int64_t left = begin + plan.part < maps.pixels ? plan.part : maps.pixels - begin;
@@ -55,9 +58,27 @@ __device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict_
     for (int k = 0; k < place.pixels; ++k, from += place.stride) copy_async_16(staged + slot(k) * n, from);
     copy_async_commit();
   } else {
-#pragma unroll 8
-    for (int k = 0; k < place.pixels; ++k) staged[slot(k)] = from[k * place.stride];
+    for (int k = 0; k < place.pixels; k += kBatch) {
+      T elements[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (k + j < place.pixels) elements[j] = from[(k + j) * place.stride];
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (k + j < place.pixels) staged[slot(k + j)] = elements[j];
+      }
+    }
   }
+}
+
+// What is read only later, as far as the second-level cache: no register has to wait for it there.
+template <int n, class T>
+__device__ __forceinline__ void prefetch(const void* tensor, const Place& place) {
+  constexpr int kSector = 32 / (n * int(sizeof(T))) > 0 ? 32 / (n * int(sizeof(T))) : 1;
+  if (!tensor || threadIdx.x % kSector) return;
+  const T* from = at<T>(tensor, place.first);
+  for (int k = 0; k < place.pixels; ++k, from += place.stride) prefetch_second_level(from);
 }
 
 // The block's shared memory, in this order.
@@ -90,8 +111,8 @@ struct Shared {
 template <class A>
 __device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& maps, const Place& place, Phase phase,
                                          int kinds, int width, A* totals, A* sums, A* workspace) {
-  const int64_t all = maps.samples * maps.channels, row = place.sample * maps.channels + place.tile;
-  const int count = maps.channels - place.tile < width ? static_cast<int>(maps.channels - place.tile) : width;
+  const int64_t all = maps.samples * maps.channels, row = place.sample * maps.channels + place.first_channel;
+  const int count = maps.channels - place.first_channel < width ? static_cast<int>(maps.channels - place.first_channel) : width;
   if (plan.cluster) return sum_cluster(totals, kinds * width, plan.parts, sums);
   for (int c = threadIdx.x; c < kinds * width; c += kThreads) {
     const int kind = c / width, column = c % width;
@@ -102,25 +123,42 @@ __device__ __forceinline__ void sum_maps(const CenterPlan& plan, const Maps& map
     } else if (phase == Phase::sums) {
       partial[place.part * all] = totals[c];
     } else {
-      sums[c] = sum_parts(partial, all, plan.parts);
+      sums[c] = *partial;
     }
   }
   __syncthreads();
 }
 
+// The channel of a tile whose sum this thread finishes; a tile has no more of them than a block has threads.
+template <class A>
+struct Column {
+  int64_t channel, map;
+  bool inside;
+
+  __device__ Column(const Maps& maps, const Place& place, int width) {
+    channel = place.first_channel + threadIdx.x;
+    map = place.sample * maps.channels + channel;
+    inside = int(threadIdx.x) < width && channel < maps.channels;
+  }
+  __device__ A load(const void* vector, A absent) const {
+    return vector && inside ? __ldg(static_cast<const A*>(vector) + channel) : absent;
+  }
+};
+
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, rectified>)
     forward(const __grid_constant__ CenterForward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
   const Shared<T, n> shared(plan, 1, 1);
   const int width = plan.lanes() * n, column = threadIdx.x & (plan.lanes() - 1);
-  const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
   stage<n>(at<T>(p.input, place.first), shared.staged, place);
-  A gain[n], bias[n], removed[n];
+  prefetch<n, T>(p.residual, place);
+  A gain[n], bias[n];
   load_vector(p.gain, place.channel, place.inside, A(1), gain);
   load_vector(p.bias, place.channel, place.inside, A(0), bias);
-  load_vector(p.mean_scale, place.channel, place.inside, A(p.constant), removed);
+  const Column<A> mine(p.maps, place, width);
+  const A mean_scale = mine.load(p.mean_scale, A(p.constant)), per_pixel = A(1) / static_cast<A>(p.maps.pixels);
   copy_async_wait<0>();
 
   if (p.map_mean) {
@@ -137,17 +175,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     }
     sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
     if (phase == Phase::sums) return;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const A mean = shared.sums[column * n + j] * per_pixel;
-      removed[j] *= mean;
-      if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
-        at<A>(p.map_mean, place.sample * p.maps.channels)[place.channel + j] = p.mean_of_scaled ? gain[j] * mean : mean;
-      }
+    if (mine.inside) {
+      const A mean = shared.sums[threadIdx.x] * per_pixel;
+      shared.sums[threadIdx.x] = mean_scale * mean;
+      const A factor = p.mean_of_scaled ? mine.load(p.gain, A(1)) : A(1);
+      if (place.part == 0) *at<A>(p.map_mean, mine.map) = factor * mean;
     }
-  } else {
+    __syncthreads();
 #pragma unroll
-    for (int j = 0; j < n; ++j) removed[j] = 0;
+    for (int j = 0; j < n; ++j) bias[j] -= shared.sums[column * n + j] * gain[j];
   }
 
   const Piecewise<A, rectified> piecewise(p.activation, p.slope);
@@ -167,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
         A y[n];
         load<n>(shared.staged + slot(k) * n, y);
 #pragma unroll
-        for (int j = 0; j < n; ++j) y[j] = (y[j] - removed[j]) * gain[j] + bias[j];
+        for (int j = 0; j < n; ++j) y[j] = y[j] * gain[j] + bias[j];
         if (with_extras() && p.residual) {
           A residual[n];
           load_constant<n>(at<T>(p.residual, element), residual);
@@ -204,17 +240,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
   if (!p.output_mean) return;
   sum_rows<n>(sum, plan.log_lanes, shared.scratch, shared.totals);
   sum_maps(plan, p.maps, place, phase, 1, width, shared.totals, shared.sums, static_cast<A*>(nullptr));
-  if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      at<A>(p.output_mean, place.sample * p.maps.channels)[place.channel + j] = shared.sums[column * n + j] * per_pixel;
-    }
-  }
+  if (mine.inside && place.part == 0) *at<A>(p.output_mean, mine.map) = shared.sums[threadIdx.x] * per_pixel;
   if (plan.cluster) cluster_wait();
 }
 
 template <class T, int n, bool rectified>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, rectified>)
     backward(const __grid_constant__ CenterBackward p, const __grid_constant__ CenterPlan plan, const Phase phase) {
   using A = Accumulation<T>;
   const Place place(p.maps, plan, n);
@@ -228,12 +259,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
   } else if (p.bits) {
     const int64_t bits_row = p.maps.bytes_of_bits_row(), stride = (kThreads >> plan.log_lanes) * bits_row;
     const uint8_t* from = p.bits + (place.sample * p.maps.pixels + place.pixel) * bits_row + place.channel / 8;
-#pragma unroll 8
-    for (int k = 0; k < place.pixels; ++k) shared.bits[slot(k)] = __ldg(from + k * stride);
+    for (int k = 0; k < place.pixels; k += kBatch) {
+      uint8_t bytes[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) bytes[j] = k + j < place.pixels ? __ldg(from + (k + j) * stride) : 0;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (k + j < place.pixels) shared.bits[slot(k + j)] = bytes[j];
+      }
+    }
   }
-  A scale[n], removed[n];
+  prefetch<n, T>(p.dots ? p.input : nullptr, place);
+  A scale[n], offset[n] = {};
   load_vector(p.scale, place.channel, place.inside, A(1), scale);
-  load_vector(p.mean_scale, place.channel, place.inside, A(p.constant), removed);
+  const Column<A> mine(p.maps, place, width);
+  const A mean_scale = mine.load(p.mean_scale, A(p.constant)), per_pixel = A(1) / static_cast<A>(p.maps.pixels);
   copy_async_wait<0>();
 
   // The gradient in front of the activation.
@@ -271,20 +311,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
     }
     sum_maps(plan, p.maps, place, phase, kinds, width, shared.totals, shared.sums, static_cast<A*>(p.workspace));
     if (phase == Phase::sums) return;
-    const int64_t row = place.sample * p.maps.channels + place.channel;
-    const A per_pixel = A(1) / static_cast<A>(p.maps.pixels);
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      const A sum = shared.sums[column * n + j];
-      removed[j] *= p.centred ? sum * per_pixel : A(0);
-      if (place.part == 0 && threadIdx.x < plan.lanes() && place.inside) {
-        if (p.sums) at<A>(p.sums, row)[j] = sum;
-        if (p.dots) at<A>(p.dots, row)[j] = shared.sums[width + column * n + j];
+    if (mine.inside) {
+      const A sum = shared.sums[threadIdx.x];
+      shared.sums[threadIdx.x] = p.centred ? mean_scale * (sum * per_pixel) : A(0);
+      if (place.part == 0) {
+        if (p.sums) *at<A>(p.sums, mine.map) = sum;
+        if (p.dots) *at<A>(p.dots, mine.map) = shared.sums[width + threadIdx.x];
       }
     }
-  } else {
+    __syncthreads();
 #pragma unroll
-    for (int j = 0; j < n; ++j) removed[j] = 0;
+    for (int j = 0; j < n; ++j) offset[j] = -scale[j] * shared.sums[column * n + j];
   }
 
   if (p.grad_input || p.grad_residual) {
@@ -295,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
       error(k, e);
       if (p.grad_residual) store<n>(at<T>(p.grad_residual, element), e);
 #pragma unroll
-      for (int j = 0; j < n; ++j) e[j] = (e[j] - removed[j]) * scale[j];
+      for (int j = 0; j < n; ++j) e[j] = e[j] * scale[j] + offset[j];
       if (p.grad_input) store<n>(at<T>(p.grad_input, element), e);
     }
   }
@@ -305,14 +342,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<T, rectified>)
 }  // namespace
 
 cudaError_t launch_center_forward_nhwc(const CenterForward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return run_center(p, plan, p.map_mean != nullptr, stream, [&](auto* type, auto n) {
+  return run_center(p, plan, p.map_mean ? 1 : 0, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
     return is_rectified(p.activation) ? forward<T, n(), true> : forward<T, n(), false>;
   });
 }
 
 cudaError_t launch_center_backward_nhwc(const CenterBackward& p, const CenterPlan& plan, cudaStream_t stream) {
-  return run_center(p, plan, p.centred || p.sums || p.dots, stream, [&](auto* type, auto n) {
+  return run_center(p, plan, p.dots ? 2 : p.centred || p.sums ? 1 : 0, stream, [&](auto* type, auto n) {
     using T = std::remove_pointer_t<decltype(type)>;
     return is_rectified(p.activation) ? backward<T, n(), true> : backward<T, n(), false>;
   });

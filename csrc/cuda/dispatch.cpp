@@ -60,6 +60,10 @@ bool are_aligned(std::initializer_list<const void*> addresses) {
   return all % 16 == 0;
 }
 
+Tensor workspace_of(int64_t elements, const at::TensorOptions& options) {
+  return elements ? at::empty({elements}, options) : Tensor();
+}
+
 struct Vectors {
   Tensor gain, mean_scale, bias;
   double constant;
@@ -119,9 +123,9 @@ struct Centring {
     if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.saved);
     const bool aligned = are_aligned({p.input, p.residual, p.output, p.pre_activation});
     const CenterPlan plan = plan_center({p.maps, p.dtype, aligned, centred || output_mean, 1, false, 1}, scope.device);
-    const Tensor workspace = at::empty({plan.workspace(p.maps)}, sums);
+    const Tensor workspace = workspace_of(plan.workspace(p.maps), sums);
     p.workspace = mutable_data(workspace);
-    if (workspace.numel()) p.output_mean = nullptr;
+    if (workspace.defined()) p.output_mean = nullptr;
     const auto launch = p.maps.channels_innermost ? launch_center_forward_nhwc : launch_center_forward_nchw;
     C10_CUDA_CHECK(launch(p, plan, scope.stream()));
     // A map that does not fit on chip costs one more read.
@@ -180,7 +184,7 @@ Error center_error(const Scope& scope, const Tensor& grad_output, const Tensor& 
   const bool needs_sums = p.centred || p.sums || p.dots;
   const CenterPlan plan =
       plan_center({p.maps, p.dtype, aligned, needs_sums, staged, p.bits != nullptr, 2}, scope.device);
-  const Tensor workspace = at::empty({2 * plan.workspace(p.maps)}, sums);
+  const Tensor workspace = workspace_of(2 * plan.workspace(p.maps), sums);
   p.workspace = mutable_data(workspace);
   const auto launch = p.maps.channels_innermost ? launch_center_backward_nhwc : launch_center_backward_nchw;
   C10_CUDA_CHECK(launch(p, plan, scope.stream()));

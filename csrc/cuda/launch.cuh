@@ -6,8 +6,33 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 namespace deepcontrol::cuda {
+
+// Above 48 KiB a kernel must be allowed its shared memory, once on each device. It always gets all that there is: another
+// thread that launches it with less must not take the permission back.
+template <class... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int64_t shared) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (shared <= kWithoutAsking) return cudaSuccess;
+  struct Allowed {
+    const void* kernel;
+    int device;
+    int64_t bytes;
+  };
+  thread_local std::vector<Allowed> known;
+  int device = 0, most = 0;
+  cudaError_t failed = cudaGetDevice(&device);
+  if (failed != cudaSuccess) return failed;
+  for (const Allowed& a : known) {
+    if (a.kernel == reinterpret_cast<const void*>(kernel) && a.device == device && a.bytes >= shared) return cudaSuccess;
+  }
+  failed = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (failed == cudaSuccess) failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (failed == cudaSuccess) known.push_back({reinterpret_cast<const void*>(kernel), device, most});
+  return failed;
+}
 
 // `shared` is in bytes; `cluster` consecutive blocks form a thread block cluster (sm_90 and up where it is not 1).
 template <class... Parameters>
@@ -15,12 +40,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                    cudaStream_t stream, const std::remove_cv_t<Parameters>&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  constexpr int64_t kWithoutAsking = 48 * 1024;
-  if (shared > kWithoutAsking) {
-    const cudaError_t refused =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (refused != cudaSuccess) return refused;
-  }
+  const cudaError_t refused = allow_shared_memory(kernel, shared);
+  if (refused != cudaSuccess) return refused;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;

@@ -27,9 +27,8 @@ class Planner {
   CenterPlan plan() const { return c_.maps.channels_innermost ? nhwc() : nchw(); }
 
  private:
-  // As many blocks of a multiprocessor as its registers have room for, or two: some load while others store. Each block
-  // costs 1 KiB more than it asks for.
-  int64_t preferred() const { return device_.shared_memory / kBlocks - 1024; }
+  // Each block costs 1 KiB more than it asks for.
+  int64_t preferred() const { return device_.shared_memory / kPlannedBlocks - 1024; }
   int64_t tolerable() const { return device_.shared_memory / 2 - 1024; }
 
   // The same count as Shared in center_nhwc.cu.

@@ -9,8 +9,11 @@ constexpr int kLogThreads = 8;
 constexpr int kThreads = 1 << kLogThreads;
 constexpr int kWarps = kThreads / 32;
 
-// Blocks a multiprocessor that the register budget leaves room for, so that some load while others store.
-constexpr int kBlocks = 3;
+// Blocks a multiprocessor that plans aim at, so that some load while others store.
+constexpr int kPlannedBlocks = 3;
+
+// Loads that are under way together, where a loop cannot leave that to the compiler: it waits for each of a remainder.
+constexpr int kBatch = 8;
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -34,16 +34,25 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Thread block clusters, sm_90 and up. All threads of all blocks of a cluster arrive, then wait; what they wrote to
+__device__ __forceinline__ void prefetch_second_level(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// Thread block clusters, sm_90 and up; below, where PTX for an older GPU may end up on a newer one, they stop the kernel
+// instead of letting it go on with no sums. All threads of all blocks of a cluster arrive, then wait; what they wrote to
 // shared memory before arriving is visible in the whole cluster after the wait.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  asm volatile("trap;");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  asm volatile("trap;");
 #endif
 }
 

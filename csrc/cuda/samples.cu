@@ -1,5 +1,5 @@
 // The gradients of gain, mean_scale and bias from the sums over each map: sums over the samples, always in the same order.
-// A block has 32 channels, each thread every eighth sample of one of them.
+// A block has eight channels, a sector of memory, each thread every 32nd sample of one of them.
 
 #include "launch.cuh"
 #include "params.h"
@@ -9,12 +9,12 @@
 namespace deepcontrol::cuda {
 namespace {
 
-constexpr int kLogColumns = 5;
+constexpr int kLogColumns = 3;
 constexpr int kColumns = 1 << kLogColumns;
 constexpr int kKinds = 3;
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) add_samples(const __grid_constant__ ReduceSamples p) {
+__global__ void __launch_bounds__(kThreads, 2) add_samples(const __grid_constant__ ReduceSamples p) {
   const int64_t channel = int64_t(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   const bool inside = channel < p.channels;
   const A* sums = static_cast<const A*>(p.sums) + channel;
@@ -22,12 +22,23 @@ __global__ void __launch_bounds__(kThreads) add_samples(const __grid_constant__ 
   const A* means = static_cast<const A*>(p.map_mean) + channel;
   A total[kKinds] = {};  // of sums, dots, map_mean * sums
   if (inside) {
-#pragma unroll 4
-    for (int64_t n = threadIdx.x / kColumns; n < p.samples; n += kThreads / kColumns) {
-      const A sum = p.sums ? sums[n * p.channels] : A(0);
-      total[0] += sum;
-      if (p.dots) total[1] += dots[n * p.channels];
-      if (p.map_mean) total[2] += means[n * p.channels] * sum;
+    constexpr int kRows = kThreads / kColumns;
+    for (int64_t first = threadIdx.x / kColumns; first < p.samples; first += kBatch * kRows) {
+      A sum[kBatch] = {}, dot[kBatch] = {}, mean[kBatch] = {};
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int64_t n = first + j * kRows;
+        if (n >= p.samples) continue;
+        sum[j] = sums[n * p.channels];
+        if (p.dots) dot[j] = dots[n * p.channels];
+        if (p.map_mean) mean[j] = means[n * p.channels];
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        total[0] += sum[j];
+        total[1] += dot[j];
+        total[2] += mean[j] * sum[j];
+      }
     }
   }
   A* scratch = reinterpret_cast<A*>(dynamic_shared());

@@ -7,10 +7,6 @@
 
 namespace deepcontrol::cuda {
 
-__device__ __forceinline__ bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
-}
-
 // Starts bringing the block's elements on chip; copy_async_wait<0>() and a barrier end it.
 template <class T>
 __device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict__ staged, int elements) {
@@ -21,8 +17,17 @@ __device__ __forceinline__ void stage(const T* __restrict__ from, T* __restrict_
     for (int i = threadIdx.x * n; i < done; i += kThreads * n) copy_async_16(staged + i, from + i);
     copy_async_commit();
   }
-#pragma unroll 8
-  for (int i = done + threadIdx.x; i < elements; i += kThreads) staged[i] = from[i];
+  for (int i = done + threadIdx.x; i < elements; i += kBatch * kThreads) {
+    T batch[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * kThreads < elements) batch[j] = from[i + j * kThreads];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * kThreads < elements) staged[i + j * kThreads] = batch[j];
+    }
+  }
 }
 
 // The way back, behind a barrier.

@@ -111,7 +111,7 @@ __device__ __forceinline__ A finish_long(const Entry& e, A projection, A factor,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) finish(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 2 : 3) finish(const __grid_constant__ Table table) {
   using A = Accumulation<T>;
   const int block = blockIdx.x;
   int i = 0;

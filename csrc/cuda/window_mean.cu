@@ -73,7 +73,7 @@ __device__ __forceinline__ void sum_class(const WindowMean& p, const Job& job, c
 }
 
 template <class T, int n, bool channels_innermost>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 2 : 3)
     means(const __grid_constant__ WindowMean p, const __grid_constant__ Job job) {
   using A = Accumulation<T>;
   const int width = job.columns * n, classes = classes_of(job), count = classes * width;

@@ -137,6 +137,7 @@ struct Gpu {
 std::mutex mutex;
 Gpu gpu{90, 227 * 1024, 132};
 uint64_t seed = 0, launches = 0;
+int device = 0;  // another one for each GPU that is configured
 std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for, of each kernel
 std::map<const void*, Counts> counts;
 std::string message;
@@ -638,6 +639,7 @@ __attribute__((visibility("default"))) void host_cuda_configure(int capability, 
                                                                 uint64_t seed) {
   const std::lock_guard lock(host_cuda::mutex);
   host_cuda::gpu = {capability, shared_memory, processors};
+  ++host_cuda::device;
   host_cuda::allowed.clear();
   host_cuda::seed = seed;
   host_cuda::launches = 0;
@@ -683,6 +685,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       host_cuda::message = "cudaDeviceGetAttribute: not an attribute that is emulated";
       return host_cuda::last_error = cudaErrorInvalidValue;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  const std::lock_guard lock(host_cuda::mutex);
+  *device = host_cuda::device;
   return cudaSuccess;
 }
 

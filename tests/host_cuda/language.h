@@ -138,6 +138,7 @@ namespace deepcontrol::cuda {
 
 inline unsigned char* dynamic_shared() { return host_cuda::shared_memory(); }
 inline void store_16(void* global, const uint4& value) { *static_cast<uint4*>(global) = value; }
+inline void prefetch_second_level(const void*) {}
 inline void copy_async_16(void* shared, const void* global,
                           std::source_location where = std::source_location::current()) {
   host_cuda::copy_async(shared, global, where);
