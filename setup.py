@@ -12,6 +12,7 @@ CXX=name                 is the C++ compiler.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -111,6 +112,14 @@ def free_memory() -> int | None:
         return None
 
 
+def kernels_digest() -> str:
+    """Changes with the CUDA kernels and with the host code that launches them."""
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in ("csrc/*.*", "csrc/cuda/*.*") for p in ROOT.glob(pattern)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def extension(cuda: bool) -> Extension:
     # Plans are made without a GPU.
     patterns = [
@@ -148,6 +157,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             "torch": torch.__version__,
             "version": self.distribution.get_version(),
             "cuda": torch.version.cuda if cuda else None,
+            "kernels": kernels_digest() if cuda else None,
         }
         info_file.write_text(json.dumps(info) + "\n")
 

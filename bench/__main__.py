@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     proof = commands.add_parser("gpu", help=help, description=help)
     proof.add_argument("--architecture", action="store_true", help="only print what TORCH_CUDA_ARCH_LIST should be")
     proof.add_argument("--repeats", type=_repeats, default=30, help="default: 30")
-    proof.add_argument("--seconds", type=_positive, default=450, help="time for all of it (default: 450)")
+    proof.add_argument("--seconds", type=_positive, default=400, help="time for all of it (default: 400)")
     proof.add_argument("--commit", help="what to record where this is no git checkout")
     proof.add_argument("--output", type=Path, default=_RESULTS, help="folder for the JSON (default: bench/results)")
     proof.set_defaults(run=_gpu)

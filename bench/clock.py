@@ -62,7 +62,7 @@ class GpuClock:
     def seconds(self, prepared: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # While the GPU sleeps all that follows is queued, so that nothing between the events waits for Python.
-        torch.cuda._sleep(300_000)
+        torch.cuda._sleep(1_000_000)
         start.record()
         prepared()
         end.record()

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 import torch
 from torch.utils import cpp_extension
 
-from deepcontrol_cuda import backends, proven
+from deepcontrol_cuda import _ops, backends, proven
 from deepcontrol_cuda.training.table import markdown_table
 
 from . import convolutions, hardware, kernels, record, report
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 _SANITIZER_FOUND = 99
 # Shares of all the time that a step may take before it is stopped.
-_OP_TESTS, _GPU_TESTS, _SANITIZER = 0.4, 0.2, 0.12
+_OP_TESTS, _GPU_TESTS, _SANITIZER = 0.5, 0.2, 0.1
 _SHARE_OF_COPY = 0.95
 _WORKERS = 8
 
@@ -257,8 +257,8 @@ def measure(findings: Findings, progress: Progress, clock: Clock, backend: str, 
         try:
             result = task()
         except WrongResultError as error:
-            op = what.op if isinstance(what, Case) else "conv_center"
-            findings.wrong[op, what.dtype, what.layout] = str(error)
+            for op in [what.op] if isinstance(what, Case) else ["conv_center", "conv_center_backward"]:
+                findings.wrong[op, what.dtype, what.layout] = str(error)
             progress.say(f"WRONG: {error}")
             continue
         if isinstance(result, Measured):
@@ -320,7 +320,7 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
     found = verdicts(findings)
     path = record.write(conditions | _as_json(findings, found, commit), output)
     keys = findings.proven()
-    proofs = [proven.Proof(*key, gpu["capability"], gpu["name"], commit, date) for key in keys]
+    proofs = [proven.Proof(*key, gpu["capability"], gpu["name"], commit, date, _ops.kernels) for key in keys]
     others = [proof for proof in _read_proofs() if proof.capability != gpu["capability"]]
     proven.write([*others, *proofs], proven.FILE)
     hardware.rewrite(hardware.FILE, gpu["name"], entries(findings, gpu["name"], commit))

@@ -22,13 +22,17 @@ from ._version import __version__
 _REBUILD = "rebuild it with: pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout: make build)"
 
 
-def _load():
-    """The extension module and None, or None and the reason."""
+def _build_info() -> dict[str, str | None]:
+    """What the build wrote beside the extension; empty if there is none."""
     package = importlib.import_module(__package__)
-    folder = next((Path(p) for p in package.__path__ if (Path(p) / "_build_info.json").exists()), None)
-    if folder is None:
+    files = [Path(folder) / "_build_info.json" for folder in package.__path__]
+    return next((json.loads(file.read_text()) for file in files if file.exists()), {})
+
+
+def _load(info: dict[str, str | None]):
+    """The extension module and None, or None and the reason."""
+    if not info:
         return None, "the compiled extension is not built (was there a C++ compiler when the package was installed?)"
-    info = json.loads((folder / "_build_info.json").read_text())
     built, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (info["torch"], torch.__version__))
     if built != running:
         return (
@@ -43,11 +47,14 @@ def _load():
         return None, f"the compiled extension does not load: {error}; {_REBUILD}"
 
 
-extension, unavailable = _load()
+_info = _build_info()
+extension, unavailable = _load(_info)
+kernels: str = _info.get("kernels") or ""
+"""Digest of the CUDA sources that were built."""
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The memory format of a tensor, by the rule of ``format_of`` in ``csrc/cpu/common.h``."""
+    """The memory format of a tensor, by the rule of ``format_of`` in ``csrc/tensors.cpp``."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())

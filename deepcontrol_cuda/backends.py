@@ -233,6 +233,8 @@ def _proof(index: int, op: str, dtype: torch.dtype, layout: str) -> proven.Proof
     found = [_proofs.get((part, name, layout, capability)) for part in _PARTS[op]]
     if None in found:
         return f"not proven on compute capability {capability} for {name}, {layout} yet: run make gpu"
+    if any(proof.kernels != _ops.kernels for proof in found):
+        return f"{found[0]}, but the kernels have changed since: run make gpu"
     return found[0]
 
 

@@ -27,6 +27,8 @@ class Proof:
     gpu: str
     commit: str
     date: str
+    kernels: str
+    """Digest of the sources that ran; what is proven of them says nothing of others."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:

@@ -162,11 +162,12 @@ def test_environment_variable_isa_invalid(script):
 
 
 H100, V100 = backends._Gpu("NVIDIA H100", (9, 0)), backends._Gpu("Tesla V100", (7, 0))
+KERNELS = "0123456789abcdef"
 OPS = ("center", "center_backward", "conv_center", "conv_center_backward", "project_kernel_gradients_")
 
 
 def proofs(*ops, dtype="bfloat16", layout="channels_last", capability="9.0"):
-    return [proven.Proof(op, dtype, layout, capability, "NVIDIA H100", "0123abcd", "2026-01-31") for op in ops]
+    return [proven.Proof(op, dtype, layout, capability, "NVIDIA H100", "0123abcd", "2026-01-31", KERNELS) for op in ops]
 
 
 def on_gpu(dtype=torch.bfloat16, channels_last=True, index=0, shape=(2, 8, 3, 3)):
@@ -181,12 +182,13 @@ def machine(monkeypatch, tmp_path):
     """A machine with a GPU, a build for it and a table of proofs, all of them stand-ins; call it to make it another."""
     file = tmp_path / "proven.json"
 
-    def make(gpu=H100, table=(), built=True, visible=True):
+    def make(gpu=H100, table=(), built=True, visible=True, kernels=KERNELS):
         proven.write(table, file)
         monkeypatch.setattr(backends, "_able", set())
         monkeypatch.setattr(backends, "_cuda_is_proven", {})
         monkeypatch.setattr(backends, "_proofs", None)
         monkeypatch.setattr(backends, "_gpu", lambda index: gpu)
+        monkeypatch.setattr(_ops, "kernels", kernels)
         monkeypatch.setattr(backends, "_built_with_cuda", lambda: built)
         monkeypatch.setattr(proven, "FILE", file)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -203,6 +205,14 @@ def test_a_gpu_without_proof_gets_the_reference(machine):
         text = backends.explain(on_gpu(dtype, layout == "channels_last"))
         name = str(dtype).removeprefix("torch.")
         assert text == f"reference: not proven on compute capability 9.0 for {name}, {layout} yet: run make gpu"
+
+
+def test_kernels_that_changed_since_are_not_proven(machine):
+    machine(table=proofs(*OPS))
+    assert backends.choose(on_gpu()) == "cuda"
+    machine(table=proofs(*OPS), kernels="fedcba9876543210")
+    assert backends.choose(on_gpu()) == "reference"
+    assert backends.explain(on_gpu()).endswith("2026-01-31, but the kernels have changed since: run make gpu")
 
 
 @pytest.mark.parametrize("how", ["call", "use"])

@@ -219,7 +219,8 @@ def test_everything_is_written(machine, capsys):
 def test_failed_tests_prove_nothing(machine, monkeypatch, capsys):
     """And take back what was proven on such a GPU before, but nothing of others."""
     before = [
-        proven.Proof("center", "float32", "contiguous", c, f"GPU {c}", "abc", "2026-01-31") for c in ("8.0", "9.0")
+        proven.Proof("center", "float32", "contiguous", c, f"GPU {c}", "abc", "2026-01-31", "0123")
+        for c in ("8.0", "9.0")
     ]
     proven.write(before, proven.FILE)
     monkeypatch.setattr(gpu, "test", lambda findings, progress: findings.outcomes.extend([PASSED, FAILED]))

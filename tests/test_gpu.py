@@ -226,9 +226,9 @@ def test_a_tensor_that_stayed_on_the_cpu_is_named(name):
 def test_the_ops_refuse_tensors_of_two_devices():
     """Where no function in front protects them."""
     x = maps(2, 4, 5, 5)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="gain: is on cpu, wanted the device of the other tensors, cuda:0"):
         ops.center(x, torch.ones(4, device="cpu"), None, 1.0, None, None, "relu", 0.0, True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="residual: is on cpu, wanted the device of the other tensors, cuda:0"):
         ops.center(x, None, None, 1.0, None, x.cpu(), "relu", 0.0, True)
 
 

@@ -26,7 +26,7 @@ struct Piecewise {
     cap = activation == Activation::relu6 ? A(6) : A(NAN);
   }
   // From pre-activations to outputs; the result tells, one bit each, where the derivative is one. A NaN lets the gradient
-  // of relu through and no other's, as in PyTorch.
+  // of relu through and no other's, as PyTorch does on the CPU.
   template <int n>
   __device__ __forceinline__ unsigned operator()(A (&y)[n]) const {
     unsigned bits = 0;

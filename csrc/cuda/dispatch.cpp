@@ -12,9 +12,12 @@
 #include <ATen/ops/flatten.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/reciprocal.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <limits>
 
 #include "../library.h"
 #include "../tensors.h"
@@ -110,7 +113,12 @@ struct Centring {
     result.map_mean = centred ? at::empty(per_map, sums) : at::empty({0}, sums);
     result.saved = saved_for(z, format, activation, save);
     if (output_mean) result.output_mean = at::empty(per_map, sums);
-    if (p.maps.elements() == 0) return result;
+    if (p.maps.elements() == 0) {
+      for (const Tensor& means : {result.map_mean, result.output_mean}) {
+        if (means.defined()) means.fill_(std::numeric_limits<double>::quiet_NaN());
+      }
+      return result;
+    }
     p.input = data(z);
     p.residual = data(dense_residual);
     p.gain = data(vectors.gain);
@@ -163,7 +171,12 @@ Error center_error(const Scope& scope, const Tensor& grad_output, const Tensor& 
   if (wanted.dots) result.dots = at::empty(per_map, sums);
   CenterBackward p{};
   p.maps = maps_of(grad, format);
-  if (p.maps.elements() == 0) return result;
+  if (p.maps.elements() == 0) {
+    for (const Tensor& none : {result.sums, result.dots}) {
+      if (none.defined()) none.zero_();
+    }
+    return result;
+  }
   p.dtype = dtype_of(grad);
   p.activation = activation;
   p.slope = slope;
@@ -320,6 +333,7 @@ WeightGrad describe(const Tensor& grad) {
 // In place on a dense `grad`; returns sum(weight * grad / divisor) if asked, else an undefined tensor.
 Tensor finish_weight_grad(const Scope& scope, const Tensor& grad, const Tensor& weight, const Tensor& factor,
                           const Tensor& divisor, double projection, bool dots) {
+  if (grad.numel() == 0) return dots ? at::zeros({grad.size(0)}, accumulation_options(grad)) : Tensor();
   WeightGrad p = describe(grad);
   const bool unchanged = !factor.defined() && (projection == 0.0 || p.taps == 1);
   if (unchanged && !dots) return {};
@@ -373,11 +387,12 @@ Tensor window_mean(const Tensor& input, at::IntArrayRef kernel_size, at::IntArra
   p.windows = windows_of(x, kernel_size, stride, padding, dilation);
   p.maps = maps_of(x, format_of(x));
   p.dtype = dtype_of(x);
-  TORCH_CHECK_VALUE(p.maps.pixels < int64_t(1) << 31, "input: got maps of ", p.maps.pixels, " pixels, wanted fewer than 2^31");
+  TORCH_CHECK_VALUE(p.maps.pixels < int64_t(1) << 30, "input: got maps of ", p.maps.pixels, " pixels, wanted fewer than 2^30");
   const Tensor means = at::empty(window_mean_sizes(x, kernel_size), x.options().memory_format(std::nullopt));
   p.input = data(x);
   p.means = mutable_data(means);
-  if (p.maps.elements()) C10_CUDA_CHECK(launch_window_mean(p, scope.device, scope.stream()));
+  if (p.maps.elements() == 0) return means.zero_();
+  C10_CUDA_CHECK(launch_window_mean(p, scope.device, scope.stream()));
   return means;
 }
 

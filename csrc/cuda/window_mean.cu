@@ -53,22 +53,26 @@ __device__ __forceinline__ void sum_class(const WindowMean& p, const Job& job, c
   advance[2] = stride % counts[2], advance[1] = stride / counts[2] % counts[1];
   advance[0] = stride / counts[2] / counts[1];
   const int64_t row = p.windows.size[2], plane = p.windows.size[1] * row;
-#pragma unroll 4
-  for (int i = first; i < total; i += stride) {
-    const int64_t pixel = (job.axis[0].start[k[0]] + index[0] * job.axis[0].step) * plane +
-                          (job.axis[1].start[k[1]] + index[1] * job.axis[1].step) * row +
-                          (job.axis[2].start[k[2]] + index[2] * job.axis[2].step);
-    A x[n];
-    load_constant<n>(from + pixel * pitch, x);
+  constexpr int kLoads = 4;
+  for (int i = first; i < total; i += kLoads * stride) {
+    // Together under way: a loop that may end behind each of them would wait for each.
+    A x[kLoads][n] = {};
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum[j] += x[j];
-    index[2] += advance[2];
-    const int carry = index[2] >= counts[2];
-    index[2] -= carry ? counts[2] : 0;
-    index[1] += advance[1] + carry;
-    const int carry_too = index[1] >= counts[1];
-    index[1] -= carry_too ? counts[1] : 0;
-    index[0] += advance[0] + carry_too;
+    for (int l = 0; l < kLoads; ++l) {
+      const int64_t pixel = (job.axis[0].start[k[0]] + index[0] * job.axis[0].step) * plane +
+                            (job.axis[1].start[k[1]] + index[1] * job.axis[1].step) * row +
+                            (job.axis[2].start[k[2]] + index[2] * job.axis[2].step);
+      if (i + l * stride < total) load_constant<n>(from + pixel * pitch, x[l]);
+      index[2] += advance[2];
+      const int carry = index[2] >= counts[2];
+      index[2] -= carry ? counts[2] : 0;
+      index[1] += advance[1] + carry;
+      const int carry_too = index[1] >= counts[1];
+      index[1] -= carry_too ? counts[1] : 0;
+      index[0] += advance[0] + carry_too;
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum[j] += (x[0][j] + x[1][j]) + (x[2][j] + x[3][j]);
   }
 }
 
@@ -223,7 +227,7 @@ cudaError_t run(const WindowMean& p, const Device& device, cudaStream_t stream) 
       most = (most + 1) / 2;
     }
     job.columns = widest();
-    while (job.columns > narrowest && shared(job.columns) > std::min(device.shared_memory, device.shared_memory / 4)) {
+    while (job.columns > narrowest && shared(job.columns) > device.shared_memory / 4) {
       job.columns /= 2;
     }
     std::copy(first, first + 3, job.first_tap);
