@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/reciprocal.h>
 
 #include <algorithm>
 #include <string_view>
@@ -147,6 +148,18 @@ std::vector<int64_t> window_mean_sizes(const Tensor& input, at::IntArrayRef kern
   std::vector<int64_t> sizes{input.size(0), input.size(1)};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
   return sizes;
+}
+
+std::pair<Tensor, Tensor> finishing_factors(const Tensor& grad_weight, const Tensor& weight, const OptionalTensor& gain,
+                                            const OptionalTensor& scale) {
+  TORCH_CHECK_VALUE(grad_weight.sizes() == weight.sizes() && grad_weight.scalar_type() == weight.scalar_type(),
+                    "grad_weight: got ", grad_weight.scalar_type(), " ", grad_weight.sizes(), ", wanted ",
+                    weight.scalar_type(), " ", weight.sizes());
+  const auto type = accumulation_type(weight);
+  Tensor factor = vector_of(gain, weight.size(0), type, "gain");
+  const Tensor divisor = vector_of(scale, weight.size(0), type, "scale");
+  if (divisor.defined()) factor = factor.defined() ? factor / divisor : divisor.reciprocal();
+  return {factor, divisor};
 }
 
 bool has_taps(const Tensor& gradient) {

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "types.h"
@@ -66,6 +67,10 @@ Windows windows_of(const Tensor& input, at::IntArrayRef kernel_size, at::IntArra
 // (N, C, *kernel)
 std::vector<int64_t> window_mean_sizes(const Tensor& input, at::IntArrayRef kernel_size);
 
+// What a gradient of `weight` that was multiplied by `scale` is to be multiplied by, gain / scale, and `scale`; each (O,)
+// or undefined. Raises unless the gradient is like the weight.
+std::pair<Tensor, Tensor> finishing_factors(const Tensor& grad_weight, const Tensor& weight, const OptionalTensor& gain,
+                                            const OptionalTensor& scale);
 // Whether project_kernel_gradients_ changes this gradient.
 bool has_taps(const Tensor& gradient);
 // What autograd's own in-place ops do, so that it notices a change of what it has saved.

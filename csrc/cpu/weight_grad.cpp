@@ -1,7 +1,6 @@
 // What is done to weight gradients behind the convolution: gain, dgain and projection, each gradient read once.
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/reciprocal.h>
 #include <torch/library.h>
 
 #include "common.h"
@@ -39,13 +38,7 @@ Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor
 static Tensor finish_weight_grad_(Tensor grad_weight, const Tensor& weight, const OptionalTensor& gain,
                                   const OptionalTensor& scale, double projection) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  TORCH_CHECK_VALUE(grad_weight.sizes() == weight.sizes() && grad_weight.scalar_type() == weight.scalar_type(),
-                    "grad_weight: got ", grad_weight.scalar_type(), " ", grad_weight.sizes(), ", wanted ",
-                    weight.scalar_type(), " ", weight.sizes());
-  const auto type = accumulation_type(weight);
-  Tensor factor = vector_of(gain, weight.size(0), type, "gain");
-  const Tensor divisor = vector_of(scale, weight.size(0), type, "scale");
-  if (divisor.defined()) factor = factor.defined() ? factor / divisor : divisor.reciprocal();
+  const auto [factor, divisor] = finishing_factors(grad_weight, weight, gain, scale);
   const Tensor grad = dense(grad_weight);
   const Tensor grad_gain = finish_weight_grad(grad, weight, factor, divisor, projection, true);
   if (!grad.is_same(grad_weight)) grad_weight.copy_(grad);

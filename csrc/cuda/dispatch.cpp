@@ -11,7 +11,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/flatten.h>
 #include <ATen/ops/mean.h>
-#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -402,13 +401,7 @@ Tensor finish_weight_grad_(Tensor grad_weight, const Tensor& weight, const Optio
   scope.check("weight", weight);
   scope.check("gain", gain);
   scope.check("scale", scale);
-  TORCH_CHECK_VALUE(grad_weight.sizes() == weight.sizes() && grad_weight.scalar_type() == weight.scalar_type(),
-                    "grad_weight: got ", grad_weight.scalar_type(), " ", grad_weight.sizes(), ", wanted ",
-                    weight.scalar_type(), " ", weight.sizes());
-  const auto type = accumulation_type(weight);
-  Tensor factor = vector_of(gain, weight.size(0), type, "gain");
-  const Tensor divisor = vector_of(scale, weight.size(0), type, "scale");
-  if (divisor.defined()) factor = factor.defined() ? factor / divisor : divisor.reciprocal();
+  const auto [factor, divisor] = finishing_factors(grad_weight, weight, gain, scale);
   const Tensor grad = dense(grad_weight);
   const Tensor grad_gain = finish_weight_grad(scope, grad, weight, factor, divisor, projection, true);
   if (!grad.is_same(grad_weight)) grad_weight.copy_(grad);
