@@ -51,7 +51,8 @@ __device__ __forceinline__ const T* at(const void* base, int64_t element) {
 
 // Between sums and apply: the parts of each map's sum are added into the first of them.
 template <class A>
-__global__ void __launch_bounds__(kThreads) fold_parts(A* workspace, const int64_t maps, const int kinds, const int parts) {
+static __global__ void __launch_bounds__(kThreads)
+    fold_parts(A* workspace, const int64_t maps, const int kinds, const int parts) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= kinds * maps) return;
   A* first = workspace + i / maps * parts * maps + i % maps;
@@ -76,7 +77,8 @@ cudaError_t run_center(const P& p, const CenterPlan& plan, int kinds, cudaStream
         const int64_t maps = p.maps.samples * p.maps.channels, blocks = ceil_divide(kinds * maps, kThreads);
         failed = phase(Phase::sums);
         if (failed != cudaSuccess) return failed;
-        failed = launch(fold_parts<A>, blocks, kThreads, 0, 1, stream, static_cast<A*>(p.workspace), maps, kinds, plan.parts);
+        failed = launch(fold_parts<A>, blocks, kThreads, 0, 1, stream, static_cast<A*>(p.workspace), maps, kinds,
+                        plan.parts);
       }
       return failed != cudaSuccess ? failed : phase(Phase::apply);
     };

@@ -20,13 +20,13 @@ struct Place {
   int64_t sample;
   int64_t first_channel;  // of the tile
   int64_t channel;        // of the thread
-  int64_t pixel;   // the first
-  int64_t first;   // its element
-  int64_t stride;  // elements from one pixel to the next
-  int pixels;      // steps with something to do
-  int steps;       // of the whole block
+  int64_t pixel;          // the first
+  int64_t first;          // its element
+  int64_t stride;         // elements from one pixel to the next
+  int pixels;             // steps with something to do
+  int steps;              // of the whole block
   int part;
-  bool inside;     // has channels
+  bool inside;  // has channels
 
   __device__ Place(const Maps& maps, const CenterPlan& plan, int n) {
     const int column = threadIdx.x & (plan.lanes() - 1), group = threadIdx.x >> plan.log_lanes;
