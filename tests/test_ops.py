@@ -118,8 +118,7 @@ def test_center_of_large_maps(backend, dtype, channels_last, activation, poisone
 @layouts
 @pytest.mark.parametrize(("name", "clusters"), [("host_cuda-90-small", True), ("host_cuda-80-small", False)])
 def test_small_gpus_share_large_maps(name, clusters, channels_last):
-    """In clusters from compute capability 9.0 on, before that in launches for sums and apply: so the test above is about
-    them."""
+    """In clusters from compute capability 9.0 on, before that in launches for sums and apply."""
     emulator, ops = harness(), torch.ops.deepcontrol_host_cuda
     emulator.configure(**HARNESS_GPUS[name])
     seen = set()
@@ -467,6 +466,25 @@ def test_a_sample_does_not_depend_on_its_batch(backend, channels_last):
     whole = dc.functional.deep_control(x, activation="relu", backend=backend)
     alone = dc.functional.deep_control(x[2:3], activation="relu", backend=backend)
     assert torch.equal(whole[2:3], alone)
+
+
+@on_every_gpu
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_a_large_sample_does_not_depend_on_its_batch(backend, channels_last, dtype):
+    """Bit for bit, forward and backward, also where blocks share a map."""
+    ops = library(backend)
+    for shape in LARGE_MAPS:
+        x, grad = (torch.randn(5, *shape[1:]).to(dtype) for _ in range(2))
+        x, grad = (t.contiguous(memory_format=memory_format(t, channels_last)) for t in (x, grad))
+        results = []
+        for part in (slice(0, 5), slice(3, 4)):
+            output, mean, bits = ops.center(x[part], None, None, 1.0, None, None, "relu", 0.0, True)
+            mask = [True, False, False, False, False]
+            error = ops.center_backward(grad[part], None, None, None, 1.0, mean, bits, "relu", 0.0, mask)[0]
+            results.append((output, mean, error))
+        for whole, alone in zip(*results):
+            assert torch.equal(whole[3:4], alone)
 
 
 @on_every_gpu
