@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -55,7 +57,12 @@ def why_no_extension() -> str | None:
 
 
 def decide_cuda(
-    wanted: str | None, no_extension: str | None, kernels: list[str], torch_cuda: str | None, nvcc: str | None
+    wanted: str | None,
+    no_extension: str | None,
+    kernels: list[str],
+    torch_cuda: str | None,
+    nvcc: str | None,
+    nvcc_version: str | None,
 ) -> tuple[bool, str]:
     """Whether the CUDA kernels are built, and why.
 
@@ -73,6 +80,10 @@ def decide_cuda(
         obstacle = "this torch is built without CUDA"
     elif nvcc is None:
         obstacle = "nvcc is not found (CUDA_HOME names the CUDA toolkit)"
+    elif nvcc_version is not None and nvcc_version.split(".")[0] != torch_cuda.split(".")[0]:
+        obstacle = (
+            f"{nvcc} is of CUDA {nvcc_version} and torch is built for {torch_cuda} (CUDA_HOME names another toolkit)"
+        )
     else:
         return True, f"torch is built for CUDA {torch_cuda} and {nvcc} is there"
     if wanted == "1":
@@ -84,6 +95,15 @@ def find_nvcc() -> str | None:
     if cpp_extension.CUDA_HOME is None:
         return None
     return shutil.which(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+
+
+def version_of(nvcc: str | None) -> str | None:
+    """As in "13.0", or None where it does not say."""
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found and found[1]
 
 
 def architectures(flags: str) -> str:
@@ -165,9 +185,10 @@ class BuildExtension(cpp_extension.BuildExtension):
 def main() -> None:
     no_extension = why_no_extension()
     kernels = glob("csrc/cuda/*.cu", root_dir=ROOT)
+    nvcc = find_nvcc()
     try:
         cuda, reason = decide_cuda(
-            os.environ.get("DEEPCONTROL_CUDA"), no_extension, kernels, torch.version.cuda, find_nvcc()
+            os.environ.get("DEEPCONTROL_CUDA"), no_extension, kernels, torch.version.cuda, nvcc, version_of(nvcc)
         )
     except ValueError as error:
         sys.exit(f"deepcontrol_cuda: {error}")

@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from deepcontrol_cuda import backends
 
@@ -79,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     proof = commands.add_parser("gpu", help=help, description=help)
     proof.add_argument("--architecture", action="store_true", help="only print what TORCH_CUDA_ARCH_LIST should be")
     proof.add_argument("--repeats", type=_repeats, default=30, help="default: 30")
-    proof.add_argument("--seconds", type=_positive, default=400, help="time for all of it (default: 400)")
+    proof.add_argument(
+        "--seconds",
+        type=_positive,
+        default=400,
+        help="start no timing after this; tests and sanitizers get shares of it (default: 400)",
+    )
     proof.add_argument("--commit", help="what to record where this is no git checkout")
     proof.add_argument("--output", type=Path, default=_RESULTS, help="folder for the JSON (default: bench/results)")
     proof.set_defaults(run=_gpu)
@@ -102,6 +106,8 @@ def _integer(text: str, least: int) -> int:
 
 
 def _layers(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
     shapes = SETS[options.set][-2:] if options.quick else SETS[options.set]
     batch = options.batch or (1 if options.quick else 8)
     repeats = options.repeats or (3 if options.quick else 25)
@@ -166,6 +172,8 @@ def _memory(options: argparse.Namespace) -> None:
 
 
 def _overhead(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
     run = record.collect("overhead", batch=1, repeats=options.repeats)
     rows = []
     total = len(options.dtype) * len(options.layout) * len(MODES)

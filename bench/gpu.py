@@ -44,6 +44,8 @@ _SANITIZER_FOUND = 99
 _OP_TESTS, _GPU_TESTS, _SANITIZER = 0.5, 0.2, 0.1
 _SHARE_OF_COPY = 0.95
 _WORKERS = 8
+# Of the build and the tests.
+_PACKAGES = ("hypothesis", "ninja", "pytest", "setuptools")
 
 Key = tuple[str, str, str]
 """Op, dtype and layout."""
@@ -98,6 +100,9 @@ def missing() -> list[str]:
     home = cpp_extension.CUDA_HOME
     if home is None or shutil.which(os.path.join(home, "bin", "nvcc")) is None:
         lacks.append("nvcc, of the CUDA toolkit that torch was built for; CUDA_HOME names its folder")
+    packages = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if packages:
+        lacks.append(f"the Python packages {', '.join(packages)}")
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(shlex.split(compiler)[0]) is None:
         lacks.append(f"a C++ compiler (looked for {compiler}; CXX names another)")
@@ -312,13 +317,19 @@ def _note(findings: Findings, key: Key, check) -> None:
 
 
 def write(findings: Findings, conditions: dict[str, object], output: Path, commit: str | None) -> None:
-    """The JSON, docs/hardware.md and proven.json; proofs of this compute capability from earlier runs are replaced."""
+    """The JSON, docs/hardware.md and proven.json; proofs of this compute capability from earlier runs are replaced.
+
+    A run that someone interrupted says nothing against them and leaves the last two as they are.
+    """
     gpu, date = conditions["gpu"], conditions["date"]
     if commit is None:
         known = conditions["commit"]
         commit = "unknown" if known is None else known["hash"] + (" + changes" if known["dirty"] else "")
     found = verdicts(findings)
     path = record.write(conditions | _as_json(findings, found, commit), output)
+    if findings.error == "interrupted":
+        print(f"interrupted; what was measured before is in {path}")
+        return
     keys = findings.proven()
     proofs = [proven.Proof(*key, gpu["capability"], gpu["name"], commit, date, _ops.kernels) for key in keys]
     others = [proof for proof in _read_proofs() if proof.capability != gpu["capability"]]
@@ -394,7 +405,8 @@ def entries(findings: Findings, gpu: str, commit: str) -> list[hardware.Entry]:
         if key in findings.wrong:
             state = "WRONG RESULT"
         else:
-            state = "proven" if key in keys else "tests failed"
+            failed = "tests failed" if findings.error is None else "run broke off"
+            state = "proven" if key in keys else failed
         accuracy = findings.checked.get(key)
         error = f"{accuracy.error:.1e} of {accuracy.budget:.1e}" if accuracy else "-"
         measured = [m for m in findings.measured if (m.case.op, m.case.dtype, m.case.layout) == key]

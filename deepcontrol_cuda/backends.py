@@ -82,14 +82,14 @@ def _why_no_extension() -> str | None:
 def _why_no_cuda() -> str | None:
     if _ops.unavailable is not None:
         return _ops.unavailable
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install one that has it (https://pytorch.org) and this package again"
     if not _built_with_cuda():
         return (
             "the extension is built without CUDA kernels; where nvcc and a torch for CUDA are, build it with: "
             "DEEPCONTROL_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall . "
             "(in a checkout: DEEPCONTROL_CUDA=1 make build)"
         )
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA; install one from https://pytorch.org that has it"
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: there is no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it"
     return None

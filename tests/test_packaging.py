@@ -114,6 +114,7 @@ BUILDABLE = {
     "kernels": ["center.cu"],
     "torch_cuda": "13.0",
     "nvcc": "/cuda/bin/nvcc",
+    "nvcc_version": "13.0",
 }
 
 
@@ -128,6 +129,9 @@ BUILDABLE = {
         ({"kernels": []}, False, "no kernels"),
         ({"torch_cuda": None}, False, "torch is built without CUDA"),
         ({"nvcc": None}, False, "nvcc is not found"),
+        ({"nvcc_version": "13.4"}, True, "torch is built for CUDA 13.0"),
+        ({"nvcc_version": None}, True, "torch is built for CUDA 13.0"),
+        ({"nvcc_version": "12.8"}, False, "/cuda/bin/nvcc is of CUDA 12.8 and torch is built for 13.0"),
     ],
 )
 def test_cuda_decision(build_script, change, built, reason):
@@ -137,7 +141,8 @@ def test_cuda_decision(build_script, change, built, reason):
 
 
 @pytest.mark.parametrize(
-    "lack", [{"no_extension": "no compiler"}, {"kernels": []}, {"torch_cuda": None}, {"nvcc": None}]
+    "lack",
+    [{"no_extension": "no compiler"}, {"kernels": []}, {"torch_cuda": None}, {"nvcc": None}, {"nvcc_version": "12.8"}],
 )
 def test_cuda_asked_for_but_impossible(build_script, lack):
     with pytest.raises(ValueError, match="DEEPCONTROL_CUDA=1, but "):
