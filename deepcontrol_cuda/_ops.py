@@ -95,14 +95,14 @@ def conv_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _accumulation(tensor: Tensor) -> torch.dtype:
+def accumulation(tensor: Tensor) -> torch.dtype:
     """The dtype of sums and map means."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _center_results(output: Tensor, format: torch.memory_format, centred: bool, activation: str, save: bool):
+def center_results(output: Tensor, format: torch.memory_format, centred: bool, activation: str, save: bool):
     """(output, map_mean, saved) as the kernels return them for an output like ``output``."""
-    map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=_accumulation(output))
+    map_mean = output.new_empty(output.shape[:2] if centred else (0,), dtype=accumulation(output))
     if save and activation in activations.PIECEWISE:
         innermost = channels_innermost(output.shape, format)
         saved = output.new_empty(bits_shape(output.shape, innermost), dtype=torch.uint8)
@@ -114,7 +114,7 @@ def _center_results(output: Tensor, format: torch.memory_format, centred: bool, 
 
 
 def _vector_grads(channels: int, like: Tensor, wanted) -> list[Tensor | None]:
-    return [like.new_empty((channels,), dtype=_accumulation(like)) if want else None for want in wanted]
+    return [like.new_empty((channels,), dtype=accumulation(like)) if want else None for want in wanted]
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
@@ -153,13 +153,13 @@ def _register_fakes(namespace: str) -> None:
     @fake("center")
     def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
         centred = mean_scale is not None or constant != 0.0
-        return _center_results(_dense_like(input), memory_format(input), centred, activation, save)
+        return center_results(_dense_like(input), memory_format(input), centred, activation, save)
 
     @fake("center_with_mean")
     def _(input, gain, mean_scale, constant, bias, residual, activation, slope, save):
         centred = mean_scale is not None or constant != 0.0
-        output, map_mean, saved = _center_results(_dense_like(input), memory_format(input), centred, activation, save)
-        return output, map_mean, saved, input.new_empty(input.shape[:2], dtype=_accumulation(input))
+        output, map_mean, saved = center_results(_dense_like(input), memory_format(input), centred, activation, save)
+        return output, map_mean, saved, input.new_empty(input.shape[:2], dtype=accumulation(input))
 
     @fake("center_backward")
     def _(grad_output, input, gain, mean_scale, constant, map_mean, saved, activation, slope, mask):
@@ -174,7 +174,7 @@ def _register_fakes(namespace: str) -> None:
         z = torch.ops.aten.convolution(input, weight, None, stride, padding, dilation, False, zeros, groups)
         format = conv_memory_format(input, weight)
         output = torch.empty_like(z, memory_format=format)
-        return _center_results(output, format, mean_scale is not None or constant != 0.0, activation, save)
+        return center_results(output, format, mean_scale is not None or constant != 0.0, activation, save)
 
     @fake("conv_center_backward")
     def _(grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,
