@@ -29,14 +29,8 @@ def activate(pre, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def keeps_bits(ACTIVATION: tl.constexpr) -> tl.constexpr:
-    """Whether the derivative takes two values only."""
-    return ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "relu6"
-
-
-@triton.jit
 def passes(pre, ACTIVATION: tl.constexpr):
-    """Where the derivative of such an activation is one. A NaN lets the gradient of relu through and no other's."""
+    """Where the derivative of relu, leaky_relu or relu6 is one. A NaN lets the gradient of relu through and no other's."""
     if ACTIVATION == "relu":
         return (pre <= 0) == 0
     elif ACTIVATION == "relu6":

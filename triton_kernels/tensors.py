@@ -18,7 +18,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Maps(NamedTuple):
-    """A dense (N, C, *spatial) tensor as rows: of channels, one row a pixel (channels_last), or of pixels, one a map."""
+    """A dense (N, C, *spatial) tensor as rows: of channels, one a pixel (channels_last), or of pixels, one a map."""
 
     samples: int
     channels: int

@@ -1,0 +1,6 @@
+def conv_center(*arguments):
+    raise NotImplementedError
+
+
+def conv_center_backward(*arguments):
+    raise NotImplementedError
