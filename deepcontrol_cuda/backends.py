@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,17 +18,27 @@ from torch import Tensor
 
 from . import _ops, proven
 
-BACKENDS = ("reference", "cpu", "cuda")
-"""``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels."""
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+"""``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels; ``triton``
+are kernels that Triton compiles when they are first needed."""
 
 _VARIABLE = "DEEPCONTROL_BACKEND"
 _LEAST_CAPABILITY = (8, 0)
+_LEAST_TRITON = (3, 5)
+# Triton's own switch: its kernels are then played by NumPy, on CPU tensors.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+# The first that is proven is chosen.
+_ON_GPUS = ("cuda", "triton")
 # What forward and backward of each function of the package run, by the names of csrc/ops.cpp.
 _PARTS = {
     "center": ("center", "center_backward"),
     "conv_center": ("conv_center", "conv_center_backward"),
     "project_kernel_gradients_": ("project_kernel_gradients_",),
 }
+
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding and dilation of each spatial dimension, and groups."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,10 @@ class _Compiled:
     """Why it cannot run in this process, or None."""
     unfit: Callable[[int | None], str | None]
     """Why it cannot run on the device of that index, or None."""
-    describe: Callable[[str], str]
-    """What it does for an op of ``_PARTS``, in words."""
+    describe: Callable[[str, Tensor, Tensor | None, Geometry], str]
+    """What it does for an op of ``_PARTS``, an input, and of a convolution the weight and geometry, in words."""
+    kernels: Callable[[], str]
+    """Digest of the sources of its kernels, for proofs."""
 
 
 ops: dict[str, _ops.Ops] = {}
@@ -54,10 +70,11 @@ def _register(
     namespace: str,
     unavailable: Callable[[], str | None] = lambda: None,
     unfit: Callable[[int | None], str | None] = lambda index: None,
-    describe: Callable[[str], str] = lambda op: "",
+    describe: Callable[[str, Tensor, Tensor | None, Geometry], str] = lambda *_: "",
+    kernels: Callable[[], str] = lambda: "",
 ) -> None:
     """Make a backend of the ops in ``namespace``, which have the schemas of ``csrc/ops.cpp``."""
-    _compiled[name] = _Compiled(device, namespace, unavailable, unfit, describe)
+    _compiled[name] = _Compiled(device, namespace, unavailable, unfit, describe, kernels)
     if hasattr(getattr(torch.ops, namespace), "center"):
         ops[name] = _ops.bind(namespace)
 
@@ -69,6 +86,10 @@ class _Gpu(NamedTuple):
 
 def _gpu(index: int) -> _Gpu:
     return _Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+_TORCH_WITHOUT_CUDA = "this torch is built without CUDA; install one that has it (https://pytorch.org)"
+_NO_GPU = "torch.cuda.is_available() is False: there is no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it"
 
 
 def _built_with_cuda() -> bool:
@@ -83,19 +104,44 @@ def _why_no_cuda() -> str | None:
     if _ops.unavailable is not None:
         return _ops.unavailable
     if torch.version.cuda is None:
-        return "this torch is built without CUDA; install one that has it (https://pytorch.org) and this package again"
+        return f"{_TORCH_WITHOUT_CUDA} and this package again"
     if not _built_with_cuda():
         return (
             "the extension is built without CUDA kernels; where nvcc and a torch for CUDA are, build it with: "
             "DEEPCONTROL_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall . "
             "(in a checkout: DEEPCONTROL_CUDA=1 make build)"
         )
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: there is no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it"
+    return None if torch.cuda.is_available() else _NO_GPU
+
+
+def _why_no_triton() -> str | None:
+    # Triton takes a second to import, so where there is no GPU it is left alone.
+    if not _INTERPRETED:
+        if torch.version.cuda is None:
+            return _TORCH_WITHOUT_CUDA
+        if not torch.cuda.is_available():
+            return _NO_GPU
+    return _load_triton()
+
+
+@cache
+def _load_triton() -> str | None:
+    """Makes the ops of triton_kernels, or tells why it cannot."""
+    wanted = _dotted(_LEAST_TRITON)
+    try:
+        found = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it with: pip install 'triton>={wanted}'"
+    if tuple(int(number) for number in found.split(".")[:2]) < _LEAST_TRITON:
+        return f"triton {found} is too old, wanted {wanted} or newer: pip install -U 'triton>={wanted}'"
+    namespace = importlib.import_module(".triton_kernels", __package__).NAMESPACE
+    ops["triton"] = _ops.bind(namespace)
     return None
 
 
-def _why_not_this_gpu(index: int) -> str | None:
+def _why_not_this_gpu(index: int | None) -> str | None:
+    if index is None:  # a CPU that Triton interprets its kernels on
+        return None
     gpu = _gpu(index)
     if gpu.capability < _LEAST_CAPABILITY:
         return (
@@ -109,16 +155,40 @@ def _dotted(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
 
-def _describe_cpu(op: str) -> str:
+def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
     return f"{_ops.extension.info()['isa']} kernels around oneDNN"
 
 
-def _describe_cuda(op: str) -> str:
+def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
     return "two passes, cuDNN's convolution and then center" if op == "conv_center" else "one pass"
 
 
+def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
+    if op != "conv_center" or weight is None:
+        return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
+    return importlib.import_module(".triton_kernels.conv_center", __package__).describe(input, weight, *geometry)
+
+
+@cache
+def _triton_digest() -> str:
+    folder = Path(importlib.import_module(".triton_kernels", __package__).__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 _register("cpu", "cpu", "deepcontrol", _why_no_extension, describe=_describe_cpu)
-_register("cuda", "cuda", "deepcontrol", _why_no_cuda, _why_not_this_gpu, _describe_cuda)
+_register("cuda", "cuda", "deepcontrol", _why_no_cuda, _why_not_this_gpu, _describe_cuda, lambda: _ops.kernels)
+_register(
+    "triton",
+    "cpu" if _INTERPRETED else "cuda",
+    "deepcontrol_triton",
+    _why_no_triton,
+    _why_not_this_gpu,
+    _describe_triton,
+    _triton_digest,
+)
 
 
 def _checked(name: str, origin: str) -> str:
@@ -129,9 +199,9 @@ def _checked(name: str, origin: str) -> str:
 
 _preferred: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
 _warned = False
-_proofs: dict[tuple[str, str, str, str], proven.Proof] | None = None
+_proofs: dict[tuple[str, str, str, str, str], proven.Proof] | None = None
 # What was decided for (device index, op, dtype, layout).
-_cuda_is_proven: dict[tuple[int, str, torch.dtype, str], bool] = {}
+_choices: dict[tuple[int, str, torch.dtype, str], str] = {}
 
 
 def available() -> dict[str, str | None]:
@@ -158,8 +228,8 @@ def choose(input: Tensor, requested: str | None = None, op: str = "conv_center",
     """The backend that a call on ``input`` gets.
 
     A backend asked for, by argument, ``use`` or DEEPCONTROL_BACKEND, is returned or refused with ``RuntimeError``. Else
-    a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor "cuda" if its kernels for this dtype and
-    layout are proven on GPUs of this compute capability.
+    a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor "cuda" or else "triton", whichever has kernels
+    for this dtype and layout that are proven on GPUs of this compute capability.
 
     Args:
         op: "center", "conv_center" or "project_kernel_gradients_".
@@ -170,8 +240,8 @@ def choose(input: Tensor, requested: str | None = None, op: str = "conv_center",
     if name is None:
         if device.type == "cpu":
             return _automatic_on_cpu()
-        if device.type == "cuda" and _automatic_on_gpu(device.index, op, input.dtype, _layout(input, weight)):
-            return "cuda"
+        if device.type == "cuda":
+            return _automatic_on_gpu(device.index, op, input.dtype, _layout(input, weight))
         return "reference"
     _checked(name, "backend")
     if name == "reference":
@@ -210,12 +280,21 @@ def _obstacle(name: str, index: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str) -> bool:
+def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str) -> str:
     key = (index, op, dtype, layout)
-    if key not in _cuda_is_proven:
-        runs = _why_no_cuda() is None and _why_not_this_gpu(index) is None
-        _cuda_is_proven[key] = runs and isinstance(_proof(index, op, dtype, layout), proven.Proof)
-    return _cuda_is_proven[key]
+    if key not in _choices:
+        proven_ones = (name for name in _ON_GPUS if _why_not_chosen(name, index, op, dtype, layout) is None)
+        _choices[key] = next(proven_ones, "reference")
+    return _choices[key]
+
+
+def _why_not_chosen(name: str, index: int, op: str, dtype: torch.dtype, layout: str) -> str | None:
+    """Why the automatic choice does not take a backend for ``op`` on the GPU ``index``, or None."""
+    backend = _compiled[name]
+    reason = backend.unavailable() or backend.unfit(index)
+    if reason is None and not isinstance(found := _proof(name, index, op, dtype, layout), proven.Proof):
+        reason = found
+    return reason
 
 
 def _layout(input: Tensor, weight: Tensor | None) -> str:
@@ -223,26 +302,43 @@ def _layout(input: Tensor, weight: Tensor | None) -> str:
     return "contiguous" if format is torch.contiguous_format else "channels_last"
 
 
-def _proof(index: int, op: str, dtype: torch.dtype, layout: str) -> proven.Proof | str:
-    """The proof that ``op`` runs right on a GPU like this one, or what is missing."""
+def _proof(backend: str, index: int, op: str, dtype: torch.dtype, layout: str) -> proven.Proof | str:
+    """The proof that ``op`` of a backend runs right on a GPU like this one, or what is missing."""
     global _proofs
     if _proofs is None:
         _proofs = {proof.key: proof for proof in proven.read_or_warn(proven.FILE)}
     capability = _dotted(_gpu(index).capability)
     name = str(dtype).removeprefix("torch.")
-    found = [_proofs.get((part, name, layout, capability)) for part in _PARTS[op]]
+    found = [_proofs.get((backend, part, name, layout, capability)) for part in _PARTS[op]]
     if None in found:
         return f"not proven on compute capability {capability} for {name}, {layout} yet: run make gpu"
-    if any(proof.kernels != _ops.kernels for proof in found):
+    if any(proof.kernels != _compiled[backend].kernels() for proof in found):
         return f"{found[0]}, but the kernels have changed since: run make gpu"
     return found[0]
 
 
-def explain(input: Tensor, requested: str | None = None, op: str = "conv_center", weight: Tensor | None = None) -> str:
-    """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``."""
+def explain(
+    input: Tensor,
+    requested: str | None = None,
+    op: str = "conv_center",
+    weight: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> str:
+    """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``.
+
+    Args:
+        stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
+    """
     name = choose(input, requested, op, weight)
     why = _why(name, input, requested, op, weight)
-    detail = _compiled[name].describe(op) if name in _compiled else ""
+    detail = ""
+    if name in _compiled:
+        rank = input.dim() - 2
+        each = tuple(tuple(v) * rank if len(v) == 1 else tuple(v) for v in (stride, padding, dilation))
+        detail = _compiled[name].describe(op, input, weight, (*each, groups))
     return f"{name}, {detail}: {why}" if detail else f"{name}: {why}"
 
 
@@ -253,9 +349,12 @@ def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tenso
     elif _preferred is not None:
         asked = f"asked for by backends.use or {_VARIABLE}"
     device = input.device
-    if device.type == "cuda" and (asked is None or name == "cuda"):
-        found = _why_no_cuda() or _why_not_this_gpu(device.index)
-        found = found or str(_proof(device.index, op, input.dtype, _layout(input, weight)))
+    if device.type == "cuda" and (asked is None or name in _ON_GPUS):
+        key = (device.index, op, input.dtype, _layout(input, weight))
+        if name in _ON_GPUS:
+            found = str(_proof(name, *key))
+        else:
+            found = "; ".join(f"{backend}: {_why_not_chosen(backend, *key)}" for backend in _ON_GPUS)
         return found if asked is None else f"{asked}; {found}"
     if asked is not None:
         return asked

@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILE = Path(__file__).with_name("proven.json")
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, order=True)
 class Proof:
     """On ``gpu`` the tests of an op passed and its error was in its budget, for one dtype and layout."""
 
+    backend: str
+    """"cuda" or "triton"."""
     op: str
     """A name of ``csrc/ops.cpp``."""
     dtype: str
@@ -31,8 +33,8 @@ class Proof:
     """Digest of the sources that ran; what is proven of them says nothing of others."""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.op, self.dtype, self.layout, self.capability
+    def key(self) -> tuple[str, str, str, str, str]:
+        return self.backend, self.op, self.dtype, self.layout, self.capability
 
     def __str__(self) -> str:
         return f"proven on {self.gpu} (compute capability {self.capability}), commit {self.commit}, {self.date}"

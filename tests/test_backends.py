@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -166,8 +168,9 @@ KERNELS = "0123456789abcdef"
 OPS = ("center", "center_backward", "conv_center", "conv_center_backward", "project_kernel_gradients_")
 
 
-def proofs(*ops, dtype="bfloat16", layout="channels_last", capability="9.0"):
-    return [proven.Proof(op, dtype, layout, capability, "NVIDIA H100", "0123abcd", "2026-01-31", KERNELS) for op in ops]
+def proofs(*ops, backend="cuda", dtype="bfloat16", layout="channels_last", capability="9.0"):
+    where = (dtype, layout, capability, "NVIDIA H100", "0123abcd", "2026-01-31", KERNELS)
+    return [proven.Proof(backend, op, *where) for op in ops]
 
 
 def on_gpu(dtype=torch.bfloat16, channels_last=True, index=0, shape=(2, 8, 3, 3)):
@@ -185,7 +188,7 @@ def machine(monkeypatch, tmp_path):
     def make(gpu=H100, table=(), built=True, visible=True, kernels=KERNELS):
         proven.write(table, file)
         monkeypatch.setattr(backends, "_able", set())
-        monkeypatch.setattr(backends, "_cuda_is_proven", {})
+        monkeypatch.setattr(backends, "_choices", {})
         monkeypatch.setattr(backends, "_proofs", None)
         monkeypatch.setattr(backends, "_gpu", lambda index: gpu)
         monkeypatch.setattr(_ops, "kernels", kernels)
@@ -203,8 +206,10 @@ def test_a_gpu_without_proof_gets_the_reference(machine):
     assert backends.choose(on_gpu()) == "reference"
     for dtype, layout in ((torch.bfloat16, "channels_last"), (torch.float32, "contiguous")):
         text = backends.explain(on_gpu(dtype, layout == "channels_last"))
-        name = str(dtype).removeprefix("torch.")
-        assert text == f"reference: not proven on compute capability 9.0 for {name}, {layout} yet: run make gpu"
+        missing = (
+            f"not proven on compute capability 9.0 for {str(dtype).removeprefix('torch.')}, {layout} yet: run make gpu"
+        )
+        assert text == f"reference: cuda: {missing}; triton: {missing}"
 
 
 def test_kernels_that_changed_since_are_not_proven(machine):
@@ -212,7 +217,39 @@ def test_kernels_that_changed_since_are_not_proven(machine):
     assert backends.choose(on_gpu()) == "cuda"
     machine(table=proofs(*OPS), kernels="fedcba9876543210")
     assert backends.choose(on_gpu()) == "reference"
-    assert backends.explain(on_gpu()).endswith("2026-01-31, but the kernels have changed since: run make gpu")
+    assert "2026-01-31, but the kernels have changed since: run make gpu; triton: not" in backends.explain(on_gpu())
+
+
+def test_triton_is_chosen_where_cuda_is_not_proven(machine):
+    digest = backends._compiled["triton"].kernels()
+    of_triton = [dataclasses.replace(proof, backend="triton", kernels=digest) for proof in proofs(*OPS)]
+    machine(table=of_triton)
+    assert backends.choose(on_gpu()) == "triton"
+    assert backends.explain(on_gpu(), op="center").startswith("triton, one pass: proven on NVIDIA H100")
+    machine(table=of_triton, built=False)
+    assert backends.choose(on_gpu()) == "triton"
+    machine(table=[*of_triton, *proofs(*OPS)])
+    assert backends.choose(on_gpu()) == "cuda"
+    machine(table=[dataclasses.replace(proof, kernels=KERNELS) for proof in of_triton])
+    assert backends.choose(on_gpu()) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (None, r"triton cannot be imported \(.*\); install it with: pip install 'triton>=3.5'"),
+        ("3.4.0", r"triton 3\.4\.0 is too old, wanted 3\.5 or newer: pip install -U 'triton>=3.5'"),
+    ],
+    ids=["missing", "old"],
+)
+def test_what_triton_lacks_is_said(machine, monkeypatch, version, words):
+    monkeypatch.setattr(backends, "_load_triton", backends._load_triton.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", version and types.SimpleNamespace(__version__=version))
+    assert re.fullmatch(words, backends.available()["triton"])
+    with pytest.raises(RuntimeError, match=f"backend 'triton': {words}"):
+        dc.functional.deep_control(on_gpu(), backend="triton")
+    machine(visible=False)
+    assert backends.available()["triton"].startswith("torch.cuda.is_available() is False")
 
 
 @pytest.mark.parametrize("how", ["call", "use"])
@@ -277,24 +314,27 @@ def test_the_choice_is_made_once(machine, monkeypatch):
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
     """What asks the driver and reads the table is run, not traced, by torch.compile; here for a CPU tensor."""
     asked = []
-    monkeypatch.setattr(backends, "_cuda_is_proven", {})
+    monkeypatch.setattr(backends, "_choices", {})
     monkeypatch.setattr(backends, "_able", set())
-    for name in ("_why_no_cuda", "_why_not_this_gpu"):
-        monkeypatch.setattr(backends, name, lambda *index: open(os.devnull).close())
+    cuda = backends._compiled["cuda"]
+    runs = dataclasses.replace(
+        cuda, unavailable=lambda: open(os.devnull).close(), unfit=lambda index: open(os.devnull).close()
+    )
+    monkeypatch.setitem(backends._compiled, "cuda", runs)
     monkeypatch.setattr(backends, "_proof", lambda *key: asked.append(key) or proofs(*OPS)[0])
 
     def choose(input, requested=None, op="conv_center", weight=None):
         if requested == "cpu":
             return "reference" if backends._obstacle("cpu", None) else "cpu"
-        proven = backends._automatic_on_gpu(0, op, input.dtype, backends._layout(input, weight))
-        return "cpu" if proven else "reference"
+        name = backends._automatic_on_gpu(0, op, input.dtype, backends._layout(input, weight))
+        return "cpu" if name == "cuda" else "reference"
 
     monkeypatch.setattr(backends, "choose", choose)
     compiled = torch.compile(dc.functional.deep_control, fullgraph=True, backend="eager")
     for requested in ("cpu", None):
         assert torch.equal(compiled(X, backend=requested), torch.zeros_like(X))
     torch.compiler.reset()
-    assert asked == [(0, "center", torch.float32, "contiguous")]
+    assert asked == [("cuda", 0, "center", torch.float32, "contiguous")]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +349,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
 def test_what_cuda_lacks_is_said(machine, lack, words):
     machine(table=proofs(*OPS), **lack)
     assert backends.choose(on_gpu()) == "reference"
-    assert re.match(f"reference: {words}", backends.explain(on_gpu()))
+    assert re.match(f"reference: cuda: {words}", backends.explain(on_gpu()))
     with pytest.raises(RuntimeError, match=f"backend 'cuda': {words}"):
         dc.functional.deep_control(on_gpu(), backend="cuda")
     if "gpu" not in lack:
@@ -358,9 +398,9 @@ def test_two_gpus_are_two_devices(machine, place, call):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"format": 2, "proofs": []}', '{"format": 1, "proofs": 3}',
-     '{"format": 1, "proofs": [{"op": "center"}]}', None],
-    ids=["empty", "cut", "list", "no-format", "newer", "number", "incomplete", "absent"],
+    ["", "{", "[]", "{}", '{"format": 1, "proofs": []}', '{"format": 2, "proofs": 3}',
+     '{"format": 2, "proofs": [{"op": "center"}]}', None],
+    ids=["empty", "cut", "list", "no-format", "older", "number", "incomplete", "absent"],
 )  # fmt: skip
 def test_a_table_of_proofs_that_cannot_be_read_proves_nothing(machine, content):
     if content is None:
@@ -369,7 +409,7 @@ def test_a_table_of_proofs_that_cannot_be_read_proves_nothing(machine, content):
         proven.FILE.write_text(content)
     with pytest.warns(UserWarning, match="takes no kernel for proven on any GPU.*proven.json") as caught:
         texts = [backends.explain(on_gpu()) for _ in range(2)]
-    assert all(text.startswith("reference: not proven") for text in texts)
+    assert all(text.startswith("reference: cuda: not proven") for text in texts)
     assert len(caught) == 1
     assert backends.choose(on_gpu(), "cuda") == "cuda"
 
