@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from host_cuda import build
 
 import deepcontrol_cuda as dc
+from deepcontrol_cuda import backends
 
 torch.set_num_threads(2)
 
@@ -18,16 +21,24 @@ HARNESS_GPUS = {
     "host_cuda-90-small": {"capability": 90, "shared_memory": 32 * 1024},
     "host_cuda-80-small": {"capability": 80, "shared_memory": 32 * 1024},
 }
+# In a process of its own Triton interprets its kernels, slowly, on CPU tensors; all tests there are of them.
+INTERPRETED = backends._INTERPRETED
+ON_GPUS = [] if INTERPRETED else [name for name in ("cuda", "triton") if backends.available()[name] is None]
 # Where no GPU can run them, the tests for it are not collected; `make gpu` refuses to call that a success.
-GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if dc.backends.available()["cuda"] is None else []
-collect_ignore = [] if GPU else ["test_gpu.py"]
-# A test with neither decorator runs on "cpu" and "cuda": the harness plays every thread of a block, which takes long.
-on_every_backend = pytest.mark.parametrize("backend", ["cpu", "host_cuda", *GPU], indirect=True)
-on_every_gpu = pytest.mark.parametrize("backend", ["cpu", *HARNESS_GPUS, *GPU], indirect=True)
+GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPUS]
+TRITON = ["triton"] if INTERPRETED else [param for name, param in zip(ON_GPUS, GPU) if name == "triton"]
+collect_ignore = ([] if GPU else ["test_gpu.py"]) + ([] if TRITON else ["test_triton_kernels.py"])
 
 
-def runnable_backends() -> list[str]:
-    return [name for name, reason in dc.backends.available().items() if reason is None]
+def _on(*others: str):
+    return pytest.mark.parametrize("backend", TRITON if INTERPRETED else [*others, *GPU], indirect=True)
+
+
+# A test with neither decorator runs on "cpu" and GPUs: the harness plays every thread of a block, which takes long.
+on_every_backend = _on("cpu", "host_cuda")
+on_every_gpu = _on("cpu", *HARNESS_GPUS)
+on_reference_too = _on("reference", "cpu")
+on_triton = pytest.mark.parametrize("backend", TRITON, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +46,9 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", *GPU])
+@pytest.fixture(params=TRITON if INTERPRETED else ["cpu", *GPU])
 def backend(request):
-    """The name of a compiled backend; under "cuda" tensors are made on the GPU where no device is named."""
+    """The name of a compiled backend; under those of a GPU tensors are made there where no device is named."""
     name = request.param
     if name in HARNESS_GPUS:
         harness().configure(**HARNESS_GPUS[name])
@@ -45,14 +56,16 @@ def backend(request):
         with dc.backends.use("host_cuda"):
             yield "host_cuda"
         harness().configure()
-    elif name == "cuda":
-        # The convolutions are cuDNN's for the reference too, so in TF32 both would be wrong, and each in its own way.
-        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with cudnn, torch.device("cuda"), dc.backends.use("cuda"):
-            yield name
-    else:
-        reason = dc.backends.available()[name]
-        assert reason is None, f"{name}: {reason}"
+        return
+    reason = dc.backends.available()[name]
+    assert reason is None, f"{name}: {reason}"
+    with ExitStack() as stack:
+        if name in ON_GPUS:
+            # Convolutions are cuDNN's for the reference too, so in TF32 both would be wrong, and each in its own way.
+            cudnn = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+            stack.enter_context(torch.backends.cudnn.flags(**cudnn))
+            stack.enter_context(torch.device("cuda"))
+        stack.enter_context(dc.backends.use(name))
         yield name
 
 
@@ -68,7 +81,7 @@ def harness():
 
 def library(backend: str):
     """The namespace of ``torch.ops`` that holds the ops of a backend."""
-    return torch.ops.deepcontrol_host_cuda if backend == "host_cuda" else torch.ops.deepcontrol
+    return getattr(torch.ops, backends._compiled[backend].namespace)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import GPU, library, memory_format, on_every_backend
+from conftest import ON_GPUS, library, memory_format, on_every_backend, on_reference_too
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
@@ -19,7 +19,6 @@ CONVS = {1: F.deep_control_conv1d, 2: F.deep_control_conv2d, 3: F.deep_control_c
 MAPS = {1: (5,), 2: (3, 4), 3: (3, 2, 3)}
 NAMES = ("input", "weight", "gain", "mean_scale", "bias", "residual")
 layouts = pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
-on_reference_too = pytest.mark.parametrize("backend", ["reference", "cpu", *GPU], indirect=True)
 every_activation = pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 
 
@@ -404,7 +403,7 @@ def test_autocast_casts_the_residual(backend):
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 def test_autocast_of_another_device_does_not_matter(backend):
-    other = "cpu" if backend == "cuda" else "cuda"
+    other = "cpu" if backend in ON_GPUS else "cuda"
     before = torch.is_autocast_enabled(other)
     torch.set_autocast_enabled(other, True)
     try:
