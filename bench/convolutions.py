@@ -1,9 +1,9 @@
-"""Convolution layers on a GPU: ours in two passes against its peers, and the passes of the bare convolution."""
+"""Convolution layers on a GPU: ours by every backend against its peers, and the passes of the bare convolution."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,34 +17,48 @@ from deepcontrol_cuda.timing import Shape, Step, Times
 from . import peers, runner
 from .cases import SETS
 from .clock import Clock, race
-from .runner import Accuracy, Setting
+from .runner import Accuracy, Setting, WrongResultError
 
-LAYERS = ("conv_relu", "conv_bn_relu", "ours")
+PEERS = ("conv_relu", "conv_bn_relu")
 # Where layers are only checked: every path of the ops is taken, with ends that are no whole vectors.
-CHECKED = (Shape(16, 24, 3, 9), Shape(19, 33, 1, 7), Shape(8, 16, 3, 10, stride=2, groups=2))
+CHECKED = (
+    Shape(16, 24, 3, 9),
+    Shape(19, 33, 1, 7),
+    Shape(8, 16, 3, 10, stride=2, groups=2),
+    Shape(64, 128, 3, 14),
+    Shape(128, 64, 1, 14, stride=2),
+    Shape(3, 64, 7, 32, stride=2),
+    Shape(32, 32, 3, 14, groups=32),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds by peer, and errors of ours by result, of one shape; ``conv...`` is cuDNN's convolution alone."""
+    """Seconds by contestant of one shape, and errors of ours by backend and result.
+
+    Contestants are ``PEERS``, the layer of each backend under the backend's name, and passes of the convolution alone:
+    ``conv...`` is cuDNN's; behind a backend's name stands its own, the weight's gradient with projection.
+    """
 
     setting: Setting
     shape: str
     batch: int
     times: dict[str, Times]
-    accuracies: dict[str, Accuracy]
+    accuracies: dict[str, dict[str, Accuracy]]
+    wrong: dict[str, str]
+    """What was wrong by backend; those were not timed."""
 
-    def ratio(self, peer: str, to: str) -> float:
-        return self.times[peer].median / self.times[to].median
+    def ratio(self, contestant: str, to: str) -> float:
+        return self.times[contestant].median / self.times[to].median
 
 
-def timed() -> list[tuple[Shape, Setting]]:
-    """What is timed, the required ones first."""
+def timed() -> list[tuple[Shape, Setting, int]]:
+    """What is timed and at which batch, the required ones first."""
     required = Setting("bfloat16", "channels_last", "forward"), Setting("bfloat16", "channels_last", "training")
-    found = [(shape, setting) for shape in SETS["resnet50_all"] for setting in required]
+    found = [(shape, mode, batch) for batch in (64, 256) for shape in SETS["resnet50_all"] for mode in required]
     others = [("float16", "channels_last"), ("float32", "channels_last"), ("bfloat16", "contiguous")]
     for dtype, layout in others:
-        found += [(shape, Setting(dtype, layout, "training")) for shape in SETS["resnet50"]]
+        found += [(shape, Setting(dtype, layout, "training"), 64) for shape in SETS["resnet50"]]
     return found
 
 
@@ -84,22 +98,36 @@ def check(shape: Shape, setting: Setting, batch: int, backend: str, device: str)
         return runner.check(step, f"ours at {shape}, {setting}")
 
 
-def measure(shape: Shape, setting: Setting, batch: int, backend: str, clock: Clock, rounds: int) -> Row:
-    """Check ours, then time it and its peers; raises ``WrongResultError``."""
-    accuracies = check(shape, setting, batch, backend, clock.device)
+def measure(shape: Shape, setting: Setting, batch: int, names: Sequence[str], clock: Clock, rounds: int) -> Row:
+    """Check ours by the backends ``names``, then time those that are right, and the peers."""
+    accuracies, wrong = {}, {}
+    for name in names:
+        try:
+            accuracies[name] = check(shape, setting, batch, name, clock.device)
+        except WrongResultError as error:
+            wrong[name] = str(error)
     operands = _Operands(shape, setting, batch, clock.device)
     maps = shape.in_channels * shape.size**2 + shape.out_channels * shape.out_size**2
     sets = min(8, max(2, math.ceil(4 * clock.cache_bytes / (batch * maps * operands.dtype.itemsize))))
     inputs = [(operands.input(), operands.grad_output()) for _ in range(sets)]
-    contestants = {name: list(_layer_calls(operands.layer(name), shape, inputs)) for name in LAYERS}
-    contestants |= _bare_calls(operands.layer("conv").weight.detach(), shape, inputs)
-    with (
-        backends.use(backend),
-        # Each convolution by cuDNN's fastest way, which it finds in the first, untimed calls.
-        torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True),
-    ):
+    contestants = {name: list(_layer_calls(operands.layer(name), shape, inputs)) for name in PEERS}
+    weight = operands.layer("conv").weight.detach()
+    contestants |= _bare_calls(weight, shape, inputs)
+    for name in accuracies:
+        contestants[name] = [_by(name, call) for call in _layer_calls(operands.layer("ours"), shape, inputs)]
+        contestants |= _own_bare_calls(name, weight, shape, inputs)
+    # Each convolution by cuDNN's fastest way, which it finds in the first, untimed calls.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
         times = race(clock, contestants, rounds)
-    return Row(setting, str(shape), batch, times, accuracies)
+    return Row(setting, str(shape), batch, times, accuracies, wrong)
+
+
+def _by(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with backends.use(backend):
+            return call()
+
+    return run
 
 
 Inputs = list[tuple[Tensor, Tensor | None]]
@@ -122,7 +150,15 @@ def _layer_calls(layer: nn.Module, shape: Shape, inputs: Inputs) -> Iterator[Cal
             yield partial(training, x.detach().requires_grad_(not shape.reads_image), grad_output)
 
 
-def _bare_calls(weight: Tensor, shape: Shape, inputs: Inputs) -> dict[str, list[Callable[[], object]]]:
+Calls = dict[str, list[Callable[[], object]]]
+_MASKS = {"weight_grad": [False, True], "input_grad": [True, False]}
+
+
+def _passes(shape: Shape) -> Sequence[str]:
+    return ("weight_grad",) if shape.reads_image else tuple(_MASKS)
+
+
+def _bare_calls(weight: Tensor, shape: Shape, inputs: Inputs) -> Calls:
     """cuDNN's convolution alone: forward, or the gradients of its input and of its weight."""
     stride, padding = shape.stride, shape.kernel_size // 2
     if inputs[0][1] is None:
@@ -133,7 +169,21 @@ def _bare_calls(weight: Tensor, shape: Shape, inputs: Inputs) -> dict[str, list[
             grad_output, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], shape.groups, mask
         )
 
-    masks = {"conv_weight_grad": [False, True, False]}
-    if not shape.reads_image:
-        masks["conv_input_grad"] = [True, False, False]
-    return {name: [partial(backward, x, g, mask) for x, g in inputs] for name, mask in masks.items()}
+    return {
+        f"conv_{name}": [partial(backward, x, g, [*_MASKS[name], False]) for x, g in inputs] for name in _passes(shape)
+    }
+
+
+def _own_bare_calls(backend: str, weight: Tensor, shape: Shape, inputs: Inputs) -> Calls:
+    """The same gradients by the op of a backend, that of the weight projected; nothing is centred or activated."""
+    if inputs[0][1] is None:
+        return {}
+    op = backends.ops[backend].conv_center_backward
+    nothing = weight.new_empty(0)
+    geometry = ([shape.stride] * 2, [shape.kernel_size // 2] * 2, [1, 1], shape.groups)
+
+    def backward(x: Tensor, grad_output: Tensor, mask: list[bool]) -> object:
+        everything = (grad_output, x, weight, None, None, 0.0, nothing, nothing, *geometry, "identity", 0.0, 0.9)
+        return op(*everything, [*mask, False, False, False, False])
+
+    return {f"{backend}_{name}": [partial(backward, x, g, _MASKS[name]) for x, g in inputs] for name in _passes(shape)}

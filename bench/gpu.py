@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
@@ -27,7 +28,8 @@ from xml.etree import ElementTree
 import torch
 from torch.utils import cpp_extension
 
-from deepcontrol_cuda import _ops, backends, proven
+from deepcontrol_cuda import backends, proven
+from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
 from . import convolutions, hardware, kernels, record, report
@@ -43,12 +45,14 @@ _SANITIZER_FOUND = 99
 # Shares of all the time that a step may take before it is stopped.
 _OP_TESTS, _GPU_TESTS, _SANITIZER = 0.5, 0.2, 0.1
 _SHARE_OF_COPY = 0.95
+# Of a layer's forward over the bare convolution, and of the weight's gradient with projection over that without.
+_OVER_CONV, _TARGETS = 1.05, ("conv", "conv_weight_grad")
 _WORKERS = 8
 # Of the build and the tests.
 _PACKAGES = ("hypothesis", "ninja", "pytest", "setuptools")
 
-Key = tuple[str, str, str]
-"""Op, dtype and layout."""
+Key = tuple[str, str, str, str]
+"""Backend, op, dtype and layout."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Findings:
     outcomes: list[Outcome] = field(default_factory=list)
     checked: dict[Key, Accuracy] = field(default_factory=dict)
     wrong: dict[Key, str] = field(default_factory=dict)
-    measured: list[Measured] = field(default_factory=list)
+    measured: dict[str, list[Measured]] = field(default_factory=dict)
+    """By backend."""
     layers: list[convolutions.Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """What there was no time for."""
@@ -122,12 +127,17 @@ def run(output: Path, seconds: float, rounds: int, commit: str | None) -> int:
     gpu = record.gpu()
     progress = Progress(seconds)
     progress.say(f"{gpu['name']}, compute capability {gpu['capability']}")
+    names = ["cuda"]
+    if reason := backends.available()["triton"]:
+        progress.say(f"backend 'triton' is left out: {reason}")
+    else:
+        names.append("triton")
     conditions = record.collect("gpu", rounds=rounds, seconds=seconds, cudnn_benchmark=True)
     conditions["gpu"] = gpu
     findings = Findings()
     try:
-        test(findings, progress)
-        measure(findings, progress, GpuClock(), "cuda", rounds)
+        test(findings, progress, names)
+        measure(findings, progress, GpuClock(), names, rounds)
     except KeyboardInterrupt:
         findings.error = "interrupted"
     except Exception as error:  # such as an illegal access, after which the GPU is lost to this process
@@ -153,17 +163,20 @@ class Progress:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
 
 
-def test(findings: Findings, progress: Progress) -> None:
+def test(findings: Findings, progress: Progress, names: Sequence[str]) -> None:
     """The tests marked gpu, then the sanitizers."""
     workers = ["-n", str(min(_WORKERS, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     own = "tests/test_gpu.py"
     steps = [
         ("op tests", lambda limit: pytest("op tests", ["tests", f"--ignore={own}", *workers], limit), _OP_TESTS),
         ("GPU tests", lambda limit: pytest("GPU tests", [own], limit), _GPU_TESTS),
-        ("memcheck", lambda limit: sanitize("memcheck", [], limit), _SANITIZER),
-        ("memcheck, convolutions", lambda limit: sanitize("memcheck", ["convolutions"], limit), _SANITIZER),
-        ("racecheck", lambda limit: sanitize("racecheck", [], limit), _SANITIZER),
     ]
+    checks = [("memcheck",), ("memcheck", "convolutions"), ("racecheck",)]
+    for name in names:
+        # Of cuDNN's kernels racecheck knows nothing.
+        for tool, *which in checks if name == "cuda" else [*checks, ("racecheck", "convolutions")]:
+            what = " ".join([tool, name, *which])
+            steps.append((what, partial(sanitize, tool, [name, *which]), _SANITIZER))
     for what, step, share in steps:
         progress.say(what)
         outcome = step(share * progress.seconds)
@@ -239,41 +252,67 @@ def _command(command: Sequence[str], limit: float, show: bool = False, **variabl
         raise
 
 
-def measure(findings: Findings, progress: Progress, clock: Clock, backend: str, rounds: int) -> None:
-    """Errors of every op, dtype and layout; then times, until there is no time left."""
-    library = getattr(torch.ops, backends._compiled[backend].namespace)
+def measure(findings: Findings, progress: Progress, clock: Clock, names: Sequence[str], rounds: int) -> None:
+    """Errors of every backend, op, dtype and layout; then times, until there is no time left."""
     progress.say("errors against float64")
-    _check(findings, library, backend, clock.device)
+    for name in names:
+        _check(findings, name, clock.device)
     for key, text in findings.wrong.items():
         progress.say(f"WRONG: {', '.join(key)}: {text}")
 
-    tasks = [(str(case), case, lambda case=case: kernels.measure(case, library, clock, rounds)) for case in cases()]
+    tasks = [
+        (f"{name}: {case}", case, lambda case=case, name=name: _time_kernel(findings, case, name, clock, rounds))
+        for case in cases()
+        for name in names
+    ]
     tasks += [
-        (f"{shape}, {setting}", setting,
-         lambda shape=shape, setting=setting: convolutions.measure(shape, setting, 64, backend, clock, rounds))
-        for shape, setting in layers()
+        (f"{shape}, {setting}, batch {batch}", setting,
+         lambda layer=(shape, setting, batch): _time_layer(findings, layer, names, clock, rounds))
+        for shape, setting, batch in layers()
     ]  # fmt: skip
     tasks.sort(key=lambda task: (task[1].dtype, task[1].layout) != ("bfloat16", "channels_last"))
     progress.say(f"times of {len(tasks)} kernels and layers")
-    for i, (name, what, task) in enumerate(tasks):
+    for i, (what, _, task) in enumerate(tasks):
         if progress.left <= 0:
-            findings.left_out.append(name)
+            findings.left_out.append(what)
             continue
-        try:
-            result = task()
-        except WrongResultError as error:
-            for op in [what.op] if isinstance(what, Case) else ["conv_center", "conv_center_backward"]:
-                findings.wrong[op, what.dtype, what.layout] = str(error)
-            progress.say(f"WRONG: {error}")
-            continue
-        if isinstance(result, Measured):
-            findings.measured.append(result)
-        else:
-            findings.layers.append(result)
+        for text in task():
+            progress.say(f"WRONG: {text}")
         if i % 20 == 0:
-            progress.say(f"{i + 1} of {len(tasks)}: {name}")
+            progress.say(f"{i + 1} of {len(tasks)}: {what}")
     if findings.left_out:
         progress.say(f"no time was left for {len(findings.left_out)} of them")
+
+
+def _time_kernel(findings: Findings, case: Case, backend: str, clock: Clock, rounds: int) -> list[str]:
+    """Of one backend; what is wrong."""
+    try:
+        measured = kernels.measure(case, _library(backend), clock, rounds)
+    except WrongResultError as error:
+        findings.wrong[backend, case.op, case.dtype, case.layout] = str(error)
+        return [str(error)]
+    findings.measured.setdefault(backend, []).append(measured)
+    return []
+
+
+def _time_layer(
+    findings: Findings, layer: tuple[Shape, Setting, int], names: Sequence[str], clock: Clock, rounds: int
+) -> list[str]:
+    """Of all backends, against their peers; what is wrong."""
+    row = convolutions.measure(*layer, names, clock, rounds)
+    findings.layers.append(row)
+    for name, text in row.wrong.items():
+        _convolution_is_wrong(findings, name, row.setting, text)
+    return list(row.wrong.values())
+
+
+def _convolution_is_wrong(findings: Findings, backend: str, setting: Setting, text: str) -> None:
+    for op in ("conv_center", "conv_center_backward"):
+        findings.wrong[backend, op, setting.dtype, setting.layout] = text
+
+
+def _library(backend: str):
+    return getattr(torch.ops, backends._compiled[backend].namespace)
 
 
 # Functions, so that a dry run can have fewer.
@@ -289,20 +328,21 @@ def checks() -> list[Case]:
     return kernels.checks()
 
 
-def _check(findings: Findings, library, backend: str, device: str) -> None:
+def _check(findings: Findings, backend: str, device: str) -> None:
+    library = _library(backend)
     for case in checks():
-        _note(findings, (case.op, case.dtype, case.layout), lambda case=case: [kernels.check(case, library, device)])
+        key = (backend, case.op, case.dtype, case.layout)
+        _note(findings, key, lambda case=case: [kernels.check(case, library, device)])
     for dtype, layout, shape in product(kernels.DTYPES, kernels.LAYOUTS, convolutions.CHECKED):
         setting = Setting(dtype, layout, "training")
         try:
             found = convolutions.check(shape, setting, 4, backend, device)
         except WrongResultError as error:
-            for op in ("conv_center", "conv_center_backward"):
-                findings.wrong[op, dtype, layout] = str(error)
+            _convolution_is_wrong(findings, backend, setting, str(error))
             continue
         output = found.pop("output")
-        _note(findings, ("conv_center", dtype, layout), lambda output=output: [output])
-        _note(findings, ("conv_center_backward", dtype, layout), found.values)
+        _note(findings, (backend, "conv_center", dtype, layout), lambda output=output: [output])
+        _note(findings, (backend, "conv_center_backward", dtype, layout), found.values)
 
 
 def _note(findings: Findings, key: Key, check) -> None:
@@ -331,7 +371,10 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
         print(f"interrupted; what was measured before is in {path}")
         return
     keys = findings.proven()
-    proofs = [proven.Proof(*key, gpu["capability"], gpu["name"], commit, date, _ops.kernels) for key in keys]
+    proofs = [
+        proven.Proof(*key, gpu["capability"], gpu["name"], commit, date, backends._compiled[key[0]].kernels())
+        for key in keys
+    ]
     others = [proof for proof in _read_proofs() if proof.capability != gpu["capability"]]
     proven.write([*others, *proofs], proven.FILE)
     hardware.rewrite(hardware.FILE, gpu["name"], entries(findings, gpu["name"], commit))
@@ -341,7 +384,8 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
         print(f"{_layers_table(findings.layers)}\n")
     if found:
         print(f"{report.verdicts_table(found)}\n")
-    print(f"{len(keys)} of {len(findings.checked | findings.wrong)} combinations of op, dtype and layout are proven.")
+    total = len(findings.checked | findings.wrong)
+    print(f"{len(keys)} of {total} combinations of backend, op, dtype and layout are proven.")
     print(f"Written to {path}, {hardware.FILE} and {proven.FILE}")
 
 
@@ -364,8 +408,9 @@ def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[
         "accuracies": [_keyed(key) | asdict(accuracy) for key, accuracy in findings.checked.items()],
         "wrong": [_keyed(key) | {"what": text} for key, text in findings.wrong.items()],
         "kernels": [
-            asdict(m) | {"bytes_per_second": m.bytes_per_second, "share_of_copy": m.share_of_copy}
-            for m in findings.measured
+            {"backend": name, **asdict(m), "bytes_per_second": m.bytes_per_second, "share_of_copy": m.share_of_copy}
+            for name, measured in findings.measured.items()
+            for m in measured
         ],
         "layers": [asdict(row) for row in findings.layers],
         "verdicts": [asdict(verdict) for verdict in found],
@@ -373,32 +418,38 @@ def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[
 
 
 def _keyed(key: Key) -> dict[str, str]:
-    return dict(zip(("op", "dtype", "layout"), key))
+    return dict(zip(("backend", "op", "dtype", "layout"), key))
 
 
 def verdicts(findings: Findings) -> list[Verdict]:
-    """Share of a copy for center and its backward, which have a target, and ours over its peers."""
+    """Share of a copy for center and its backward, which have a target, and layers and gradients over their peers."""
     found = []
-    for op in ("center", "center_backward"):
-        groups = {(m.case.variant, m.case.dtype, m.case.layout) for m in findings.measured if m.case.op == op}
-        for group in sorted(groups):
-            shares = [
-                m.share_of_copy
-                for m in findings.measured
-                if (m.case.op, m.case.variant, m.case.dtype, m.case.layout) == (op, *group)
-            ]
-            what = f"{op}, {', '.join(group)}: share of a copy, geometric mean"
-            found.append(report.at_least(what, geometric_mean(shares), _SHARE_OF_COPY))
-    for setting in dict.fromkeys(row.setting for row in findings.layers):
-        rows = [row for row in findings.layers if row.setting == setting]
-        for peer, to in (("ours", "conv_relu"), ("conv_bn_relu", "ours")):
-            mean = geometric_mean(row.ratio(peer, to) for row in rows)
-            found.append(Verdict(f"{setting}: {peer} / {to}, geometric mean", mean))
+    for name, measured in findings.measured.items():
+        for op in ("center", "center_backward"):
+            groups = {(m.case.variant, m.case.dtype, m.case.layout) for m in measured if m.case.op == op}
+            for group in sorted(groups):
+                shares = [
+                    m.share_of_copy
+                    for m in measured
+                    if (m.case.op, m.case.variant, m.case.dtype, m.case.layout) == (op, *group)
+                ]
+                what = f"{name}, {op}, {', '.join(group)}: share of a copy, geometric mean"
+                found.append(report.at_least(what, geometric_mean(shares), _SHARE_OF_COPY))
+    for setting, batch in dict.fromkeys((row.setting, row.batch) for row in findings.layers):
+        rows = [row for row in findings.layers if (row.setting, row.batch) == (setting, batch)]
+        for name in dict.fromkeys(name for row in rows for name in row.accuracies):
+            own = [(name, "conv"), *((f"{name}_{which}_grad", f"conv_{which}_grad") for which in ("weight", "input"))]
+            for contestant, to in [(name, "conv_relu"), ("conv_bn_relu", name), *own]:
+                ratios = [row.ratio(contestant, to) for row in rows if {contestant, to} <= row.times.keys()]
+                if ratios:
+                    what = f"{setting}, batch {batch}: {contestant} / {to}, geometric mean"
+                    mean = geometric_mean(ratios)
+                    found.append(report.at_most(what, mean, _OVER_CONV) if to in _TARGETS else Verdict(what, mean))
     return found
 
 
 def entries(findings: Findings, gpu: str, commit: str) -> list[hardware.Entry]:
-    """A line of docs/hardware.md for every op, dtype and layout that was checked."""
+    """A line of docs/hardware.md for every backend, op, dtype and layout that was checked."""
     keys = findings.proven()
     found = []
     for key in dict.fromkeys([*findings.checked, *findings.wrong]):
@@ -409,7 +460,8 @@ def entries(findings: Findings, gpu: str, commit: str) -> list[hardware.Entry]:
             state = "proven" if key in keys else failed
         accuracy = findings.checked.get(key)
         error = f"{accuracy.error:.1e} of {accuracy.budget:.1e}" if accuracy else "-"
-        measured = [m for m in findings.measured if (m.case.op, m.case.dtype, m.case.layout) == key]
+        own = findings.measured.get(key[0], ())
+        measured = [m for m in own if (m.case.op, m.case.dtype, m.case.layout) == key[1:]]
         found.append(hardware.Entry(*key, state, gpu, commit, error, *_speed(measured)))
     return found
 
@@ -423,17 +475,20 @@ def _speed(measured: Sequence[Measured]) -> tuple[str, str]:
     return f"{min(speeds):.0f} to {max(speeds):.0f}", share
 
 
-def _measured_table(measured: Sequence[Measured]) -> str:
-    lines = [["kernel", "microseconds", "GB/s", "share of a copy"]]
-    for m in measured:
-        median = m.seconds["kernel"].median
-        lines.append([str(m.case), f"{1e6 * median:.1f}", f"{m.bytes_per_second / 1e9:.0f}", f"{m.share_of_copy:.2f}"])
+def _measured_table(measured: Mapping[str, Sequence[Measured]]) -> str:
+    lines = [["backend", "kernel", "microseconds", "GB/s", "share of a copy"]]
+    for name, m in ((name, m) for name, found in measured.items() for m in found):
+        median, speed = m.seconds["kernel"].median, m.bytes_per_second / 1e9
+        lines.append([name, str(m.case), f"{1e6 * median:.1f}", f"{speed:.0f}", f"{m.share_of_copy:.2f}"])
     return markdown_table(lines)
 
 
 def _layers_table(rows: Sequence[convolutions.Row]) -> str:
-    lines = [["layer", "conv + ReLU, us", "conv + BN + ReLU / that", "ours / that"]]
+    """Microseconds of conv + ReLU, and all others over that."""
+    others = list(dict.fromkeys(name for row in rows for name in row.times if name != "conv_relu"))
+    lines = [["layer", "batch", "conv_relu, us", *(f"{name} /" for name in others)]]
     for row in rows:
-        ratios = [f"{row.ratio(name, 'conv_relu'):.2f}" for name in ("conv_bn_relu", "ours")]
-        lines.append([f"{row.shape}, {row.setting}", f"{1e6 * row.times['conv_relu'].median:.1f}", *ratios])
+        ratios = [f"{row.ratio(name, 'conv_relu'):.2f}" if name in row.times else "-" for name in others]
+        median = row.times["conv_relu"].median
+        lines.append([f"{row.shape}, {row.setting}", str(row.batch), f"{1e6 * median:.1f}", *ratios])
     return markdown_table(lines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import product
 from pathlib import Path
 
 from deepcontrol_cuda.training.table import markdown_table
@@ -11,17 +12,19 @@ from deepcontrol_cuda.training.table import markdown_table
 from . import kernels
 
 FILE = Path(__file__).resolve().parents[1] / "docs/hardware.md"
+BACKENDS = ("cuda", "triton")
 OPS = (*kernels.OPS, "conv_center", "conv_center_backward")
 BEGIN = "<!-- Written by `make gpu`, up to the next such line. -->"
 END = "<!-- End of what `make gpu` writes. -->"
 NOT_RUN = "not yet run on hardware"
-_HEAD = ["op", "dtype", "layout", "state", "GPU", "commit", "error", "GB/s", "share of a copy"]
+_HEAD = ["backend", "op", "dtype", "layout", "state", "GPU", "commit", "error", "GB/s", "share of a copy"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One op in one dtype and layout on one GPU."""
+    """One op of a backend in one dtype and layout on one GPU."""
 
+    backend: str
     op: str
     dtype: str
     layout: str
@@ -35,14 +38,15 @@ class Entry:
 
     @property
     def cells(self) -> list[str]:
-        return [self.op, self.dtype, self.layout, self.state, self.gpu, self.commit, self.error, self.speed, self.share]
+        return list(astuple(self))
 
 
 def table(entries: Sequence[Entry]) -> str:
     """Markdown; an op without an entry has a line that says so."""
     lines = []
-    for op in OPS:
-        lines += [entry.cells for entry in entries if entry.op == op] or [[op, "-", "-", NOT_RUN, *["-"] * 5]]
+    for key in product(BACKENDS, OPS):
+        found = [entry.cells for entry in entries if (entry.backend, entry.op) == key]
+        lines += found or [[*key, "-", "-", NOT_RUN, *["-"] * 5]]
     return markdown_table([_HEAD, *lines])
 
 
@@ -50,7 +54,7 @@ def read(text: str) -> list[Entry]:
     """The entries of a document; ``ValueError`` where it lacks the lines that enclose them."""
     _, generated, _ = _parts(text)
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in generated.splitlines()[2:] if line]
-    return [Entry(*row) for row in rows if row[3] != NOT_RUN]
+    return [Entry(*row) for row in rows if NOT_RUN not in row]
 
 
 def rewrite(path: Path, gpu: str, entries: Sequence[Entry]) -> None:

@@ -1,7 +1,8 @@
-"""Runs every kernel a few times on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu``.
+"""Runs every kernel of a backend on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu triton``.
 
 Tensors are made on the CPU and copied, so that nearly all that runs on the GPU is this package's. With the argument
-``convolutions`` the two ops around cuDNN's convolution run instead; of what cuDNN does there racecheck knows nothing.
+``convolutions`` behind the backend the ops of convolutions run instead; around cuDNN's those of "cuda", and of what it
+does racecheck knows nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def main(arguments: list[str], backend: str = "cuda") -> int:
-    """Run all of it through ``backend``, and print how many calls that were."""
-    device = "cuda" if backend == "cuda" else "cpu"
-    ops = getattr(torch.ops, backends._compiled[backend].namespace)
-    run = _convolutions if arguments == ["convolutions"] else _kernels
-    count = sum(run(ops, _Maker(dtype, format, device)) for dtype, format in product(DTYPES, FORMATS))
+def main(backend: str, which: str = "kernels") -> int:
+    """Run all of it, and print how many calls that were."""
+    if reason := backends.available()[backend]:
+        raise RuntimeError(f"backend {backend!r}: {reason}")
+    device, ops = backends._compiled[backend].device, getattr(torch.ops, backends._compiled[backend].namespace)
+    run = _convolutions if which == "convolutions" else _kernels
+    # Triton compiles each kernel for each dtype anew, which the sanitizers are no faster than others to wait for.
+    dtypes = DTYPES[:2] if backend == "triton" else DTYPES
+    count = sum(run(ops, _Maker(dtype, format, device)) for dtype, format in product(dtypes, FORMATS))
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{count} calls")
@@ -67,14 +71,28 @@ def _kernels(ops, make: _Maker) -> int:
     return count + 1 + len(gradients)
 
 
+# Input channels, filters, taps and pixels a side, stride and groups: whole vectors, odd ends, depthwise, an image.
+CONVOLUTIONS = (
+    (19, 33, 3, 9, 1, 1),
+    (64, 64, 3, 14, 1, 1),
+    (64, 32, 1, 14, 2, 1),
+    (32, 32, 3, 9, 2, 32),
+    (3, 16, 7, 20, 2, 1),
+)
+
+
 def _convolutions(ops, make: _Maker) -> int:
-    x, grad, w = make.maps(2, 19, 9, 7), make.maps(2, 33, 9, 7), make.maps(33, 19, 3, 3)
-    gain, mean_scale, bias = make.vectors(33)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    _, mean, saved = ops.conv_center(x, w, gain, mean_scale, 1.0, bias, grad, *geometry, "relu", 0.0, True)
-    ops.conv_center_backward(grad, x, w, gain, mean_scale, 1.0, mean, saved, *geometry, "relu", 0.0, 0.9, [True] * 6)
-    return 2
+    for channels, filters, taps, size, stride, groups in CONVOLUTIONS:
+        x, w = make.maps(2, channels, size, size), make.maps(filters, channels // groups, taps, taps)
+        out_size = (size + 2 * (taps // 2) - taps) // stride + 1
+        grad = make.maps(2, filters, out_size, out_size)
+        gain, mean_scale, bias = make.vectors(filters)
+        vectors, geometry = (gain, mean_scale, 1.0), ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
+        _, mean, saved = ops.conv_center(x, w, *vectors, bias, grad, *geometry, "relu", 0.0, True)
+        mask = [True] * 6
+        ops.conv_center_backward(grad, x, w, *vectors, mean, saved, *geometry, "relu", 0.0, 0.9, mask)
+    return 2 * len(CONVOLUTIONS)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

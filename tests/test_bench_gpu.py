@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -58,8 +60,10 @@ def test_what_is_required_is_timed_first():
     assert {c.op for c in cases} == set(kernels.OPS)
     assert {(c.dtype, c.layout) for c in cases} >= {("float32", "channels_last"), ("float16", "channels_last")}
     layers = convolutions.timed()
-    assert {setting.mode for _, setting in layers[:46]} == {"forward", "training"}
-    assert {setting.dtype for _, setting in layers[:46]} == {"bfloat16"}
+    assert {(setting.mode, batch) for _, setting, batch in layers[:92]} == set(
+        itertools.product(("forward", "training"), (64, 256))
+    )
+    assert {(setting.dtype, setting.layout) for _, setting, _ in layers[:92]} == {("bfloat16", "channels_last")}
 
 
 def test_every_op_dtype_and_layout_is_checked():
@@ -144,36 +148,57 @@ def test_contestants_take_turns():
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_layers_against_their_peers(mode):
-    row = convolutions.measure(Shape(4, 8, 3, 6), Setting("float32", "channels_last", mode), 2, "cpu", WallClock(), 2)
-    bare = {"conv"} if mode == "forward" else {"conv_input_grad", "conv_weight_grad"}
-    assert set(row.times) == {*convolutions.LAYERS, *bare}
-    assert len(row.accuracies) == (1 if mode == "forward" else 6)
-    assert row.ratio("ours", "conv_relu") > 0
+    setting = Setting("float32", "channels_last", mode)
+    row = convolutions.measure(Shape(4, 8, 3, 6), setting, 2, ["cpu"], WallClock(), 2)
+    grads = {"conv_input_grad", "conv_weight_grad", "cpu_input_grad", "cpu_weight_grad"}
+    assert set(row.times) == {*convolutions.PEERS, "cpu", *({"conv"} if mode == "forward" else grads)}
+    assert len(row.accuracies["cpu"]) == (1 if mode == "forward" else 6)
+    assert row.ratio("cpu", "conv_relu") > 0
+
+
+def test_a_backend_that_is_wrong_is_not_timed_and_others_are(monkeypatch):
+    right = convolutions.check
+
+    def check(shape, setting, batch, backend, device):
+        if backend == "triton":
+            raise WrongResultError("ten percent off")
+        return right(shape, setting, batch, backend, device)
+
+    monkeypatch.setattr(convolutions, "check", check)
+    setting = Setting("float32", "channels_last", "training")
+    row = convolutions.measure(Shape(4, 8, 3, 6), setting, 2, ["cpu", "triton"], WallClock(), 2)
+    assert row.wrong == {"triton": "ten percent off"}
+    assert list(row.accuracies) == ["cpu"]
+    assert {name.split("_")[0] for name in row.times} == {"conv", "cpu"}
 
 
 def test_the_first_layer_needs_no_gradient_of_its_input():
     setting = Setting("float32", "contiguous", "training")
-    row = convolutions.measure(Shape(3, 8, 3, 6), setting, 2, "cpu", WallClock(), 2)
+    row = convolutions.measure(Shape(3, 8, 3, 6), setting, 2, ["cpu"], WallClock(), 2)
+    assert "conv_weight_grad" in row.times
     assert "conv_input_grad" not in row.times
 
 
-# The whole of it, with the CPU's ops in the place of CUDA's.
+# The whole of it, with the CPU's ops in the place of the GPU's.
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine on which `make gpu` runs through in a second, and writes into tmp_path."""
-    monkeypatch.setitem(backends._compiled, "cuda", backends._compiled["cpu"])
-    monkeypatch.setitem(backends.ops, "cuda", backends.ops["cpu"])
+    for name in hardware.BACKENDS:
+        monkeypatch.setitem(
+            backends._compiled, name, dataclasses.replace(backends._compiled["cpu"], kernels=lambda: "0")
+        )
+        monkeypatch.setitem(backends.ops, name, backends.ops["cpu"])
     monkeypatch.setattr(gpu, "missing", list)
     monkeypatch.setattr(record, "gpu", lambda: dict(H100))
     monkeypatch.setattr(gpu, "GpuClock", WallClock)
-    monkeypatch.setattr(gpu, "test", lambda findings, progress: findings.outcomes.append(PASSED))
+    monkeypatch.setattr(gpu, "test", lambda findings, *_: findings.outcomes.append(PASSED))
     settings = ("bfloat16", "float64")
     monkeypatch.setattr(gpu, "checks", lambda: [c for c in kernels.checks() if c.dtype in settings])
     monkeypatch.setattr(gpu, "cases", lambda: [c for c in kernels.checks() if c.dtype == "bfloat16"][:6])
-    shape, setting = Shape(4, 8, 1, 4), Setting("bfloat16", "channels_last", "training")
-    monkeypatch.setattr(gpu, "layers", lambda: [(shape, setting)])
+    layer = (Shape(4, 8, 1, 4), Setting("bfloat16", "channels_last", "training"), 2)
+    monkeypatch.setattr(gpu, "layers", lambda: [layer])
     monkeypatch.setattr(proven, "FILE", tmp_path / "proven.json")
     monkeypatch.setattr(hardware, "FILE", tmp_path / "hardware.md")
     proven.write([], proven.FILE)
@@ -193,7 +218,7 @@ def test_everything_is_written(machine, capsys):
     assert name == f"{run['date']}_gpu_nvidia-h100-80gb-hbm3_gpu.json"
     assert run["gpu"] == H100
     assert run["complete"]
-    assert len(run["kernels"]) == 6
+    assert [row["backend"] for row in run["kernels"]] == ["cuda"] * 6 + ["triton"] * 6
     assert len(run["layers"]) == 1
     assert run["wrong"] == []
     assert all(0 <= row["error"] <= row["budget"] for row in run["accuracies"])
@@ -201,8 +226,9 @@ def test_everything_is_written(machine, capsys):
     proofs = proven.read(proven.FILE)
     assert {(p.capability, p.gpu, p.commit, p.date) for p in proofs} == {("9.0", H100["name"], "0123abcd", run["date"])}
     # Convolutions are checked in all dtypes, the others here in two.
-    assert len(proofs) == len(kernels.OPS) * 2 * 2 + 2 * 4 * 2
-    assert {p.op for p in proofs} == set(hardware.OPS)
+    assert len(proofs) == 2 * (len(kernels.OPS) * 2 * 2 + 2 * 4 * 2)
+    assert {(p.backend, p.op) for p in proofs} == set(itertools.product(hardware.BACKENDS, hardware.OPS))
+    assert {p.kernels for p in proofs} == {"0"}
 
     text = hardware.FILE.read_text()
     assert text.startswith("# Above\n")
@@ -213,20 +239,28 @@ def test_everything_is_written(machine, capsys):
     assert [entry for entry in entries if entry.speed != "-"]
     out = capsys.readouterr().out
     assert "share of a copy, geometric mean" in out
-    assert f"{len(proofs)} of {len(proofs)} combinations of op, dtype and layout are proven" in out
+    assert f"{len(proofs)} of {len(proofs)} combinations of backend, op, dtype and layout are proven" in out
+
+
+def test_without_triton_the_others_are_proven(machine, monkeypatch, capsys):
+    absent = dataclasses.replace(backends._compiled["triton"], unavailable=lambda: "triton cannot be imported")
+    monkeypatch.setitem(backends._compiled, "triton", absent)
+    assert run_it(machine)[0] == 0
+    assert {proof.backend for proof in proven.read(proven.FILE)} == {"cuda"}
+    assert "backend 'triton' is left out: triton cannot be imported" in capsys.readouterr().out
 
 
 def test_failed_tests_prove_nothing(machine, monkeypatch, capsys):
     """And take back what was proven on such a GPU before, but nothing of others."""
     before = [
-        proven.Proof("center", "float32", "contiguous", c, f"GPU {c}", "abc", "2026-01-31", "0123")
+        proven.Proof("cuda", "center", "float32", "contiguous", c, f"GPU {c}", "abc", "2026-01-31", "0123")
         for c in ("8.0", "9.0")
     ]
     proven.write(before, proven.FILE)
-    monkeypatch.setattr(gpu, "test", lambda findings, progress: findings.outcomes.extend([PASSED, FAILED]))
+    monkeypatch.setattr(gpu, "test", lambda findings, *_: findings.outcomes.extend([PASSED, FAILED]))
     status, run, _ = run_it(machine)
     assert status == 1
-    assert len(run["kernels"]) == 6
+    assert len(run["kernels"]) == 12
     assert list(proven.read(proven.FILE)) == before[:1]
     assert {entry.state for entry in hardware.read(hardware.FILE.read_text())} == {"tests failed"}
     assert "FAILED" in capsys.readouterr().out
@@ -271,7 +305,7 @@ def test_no_time_left(machine, monkeypatch):
     status, run, _ = run_it(machine)
     assert status == 0
     assert not run["complete"]
-    assert len(run["left_out"]) == 7
+    assert len(run["left_out"]) == 2 * 6 + 1
     assert proven.read(proven.FILE)
 
 
@@ -283,22 +317,24 @@ def test_a_table_of_proofs_that_cannot_be_read_is_made_anew(machine, capsys):
 
 
 def test_without_tests_nothing_is_proven():
-    findings = Findings(checked={("center", "float32", "contiguous"): Accuracy(0.0, 1.0)})
+    findings = Findings(checked={("cuda", "center", "float32", "contiguous"): Accuracy(0.0, 1.0)})
     assert findings.proven() == []
     findings.outcomes = [Outcome("memcheck", None, "not installed", 0.0), PASSED]
-    assert findings.proven() == [("center", "float32", "contiguous")]
+    assert findings.proven() == [("cuda", "center", "float32", "contiguous")]
 
 
 def test_hardware_keeps_other_gpus(tmp_path):
     file = tmp_path / "hardware.md"
     file.write_text(f"{hardware.BEGIN}\n{hardware.END}\n")
-    a100, h100 = (hardware.Entry("center", "float32", "contiguous", "proven", g, "abc") for g in ("A100", "H100"))
+    a100, h100 = (
+        hardware.Entry("cuda", "center", "float32", "contiguous", "proven", g, "abc") for g in ("A100", "H100")
+    )
     hardware.rewrite(file, "A100", [a100])
     hardware.rewrite(file, "H100", [h100])
     assert hardware.read(file.read_text()) == [a100, h100]
     hardware.rewrite(file, "A100", [])
     assert hardware.read(file.read_text()) == [h100]
-    assert file.read_text().count(hardware.NOT_RUN) == len(hardware.OPS) - 1
+    assert file.read_text().count(hardware.NOT_RUN) == 2 * len(hardware.OPS) - 1
     file.write_text("no such lines")
     with pytest.raises(ValueError, match="lacks the line"):
         hardware.rewrite(file, "H100", [h100])
@@ -308,8 +344,8 @@ def test_the_document_is_as_the_program_writes_it():
     text = hardware.FILE.read_text()
     entries = hardware.read(text)
     assert hardware.table(entries) in text
-    proofs = {(p.op, p.dtype, p.layout, p.gpu) for p in proven.read(proven.FILE)}
-    assert proofs <= {(e.op, e.dtype, e.layout, e.gpu) for e in entries if e.state == "proven"}
+    proofs = {(p.backend, p.op, p.dtype, p.layout, p.gpu) for p in proven.read(proven.FILE)}
+    assert proofs <= {(e.backend, e.op, e.dtype, e.layout, e.gpu) for e in entries if e.state == "proven"}
 
 
 # The processes that it starts.
@@ -366,19 +402,22 @@ def test_without_a_sanitizer(monkeypatch):
     assert outcome == Outcome("racecheck convolutions", None, "compute-sanitizer is not installed", 0.0)
 
 
-@pytest.mark.parametrize(("arguments", "calls"), [([], 8 * (6 * 3 * 2 * 4 + 8 + 5)), (["convolutions"], 8 * 2)])
-def test_what_the_sanitizers_run(capsys, arguments, calls):
-    assert sanitize_gpu.main(arguments, "cpu") == 0
+@pytest.mark.parametrize(("which", "calls"), [([], 8 * (6 * 3 * 2 * 4 + 8 + 5)), (["convolutions"], 8 * 5 * 2)])
+def test_what_the_sanitizers_run(capsys, which, calls):
+    assert sanitize_gpu.main("cpu", *which) == 0
     assert capsys.readouterr().out == f"{calls} calls\n"
 
 
 def test_order_of_the_steps(monkeypatch):
     called = []
     monkeypatch.setattr(gpu, "pytest", lambda *a: called.append(a[0]) or PASSED)
-    monkeypatch.setattr(gpu, "sanitize", lambda *a: called.append(a[0]) or Outcome("x", None, "absent", 0.0))
+    absent = Outcome("x", None, "absent", 0.0)
+    monkeypatch.setattr(gpu, "sanitize", lambda tool, which, _: called.append(" ".join([tool, *which])) or absent)
     findings = Findings()
-    gpu.test(findings, gpu.Progress(60))
-    assert called == ["op tests", "GPU tests", "memcheck", "memcheck", "racecheck"]
+    gpu.test(findings, gpu.Progress(60), ["cuda", "triton"])
+    own = ("memcheck {}", "memcheck {} convolutions", "racecheck {}", "racecheck {} convolutions")
+    checks = [*(check.format("cuda") for check in own[:3]), *(check.format("triton") for check in own)]
+    assert called == ["op tests", "GPU tests", *checks]
     assert findings.tests_passed
     findings.outcomes.append(FAILED)
     assert not findings.tests_passed
