@@ -1,0 +1,297 @@
+"""The fused convolution: an implicit matrix product with the whole layer in its epilogue.
+
+    output = act(gain * conv(input, weight) + beta[n, o] + residual),  beta = bias - mean_scale * map_mean,
+    map_mean[n, o] = gain[o] * sum_{tap, c} weight[o, tap, c] * window_means[n, tap, c]
+
+(``reference.deep_control_conv``; the means are known before the convolution because both are linear.) Everything is
+channels_last: rows are output pixels of all samples, columns are filters, and what is summed over is (channel, tap).
+
+Moved per layer: the input once for its window means and once for the product, weights, residual, and the output once.
+Two passes move the input once and the output three times.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, pack_bits, passes
+from .division import divide, division
+from .launch import ceil_divide, on
+from .tensors import Vectors, Windows
+from .tuning import Product, forward_configs, tuned
+from .window_mean import window_means
+
+# The 32-bit indices of rows must hold the last tile's too.
+MAX_ROWS = 2**31 - 2**16
+
+
+@triton.jit
+def _mean_of_maps(
+    window_means, weight, gain, mean_scale, bias, map_mean, beta,
+    samples, channels, group_channels, group_filters,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(2)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside_n, inside_o = n < samples, o < group_filters
+    o += group * group_filters
+    filters = tl.num_programs(2) * group_filters
+    means_of_n = window_means + n.to(tl.int64)[:, None] * TAPS * channels + group * group_channels
+    weights_of_o = weight + o[None, :] * TAPS * group_channels
+    sums = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
+    chunks = tl.cdiv(group_channels, BLOCK_K)
+    for step in range(0, TAPS * chunks):
+        tap = step // chunks
+        c = step % chunks * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside_c = c < group_channels
+        means = tl.load(means_of_n + tap * channels + c[None, :], inside_n[:, None] & inside_c[None, :], 0.0)
+        weights = tl.load(weights_of_o + tap * group_channels + c[:, None], inside_o[None, :] & inside_c[:, None], 0.0)
+        if weights.dtype == tl.float32:
+            sums = tl.dot(means, weights, sums, input_precision=PRECISION)
+        else:
+            # A mean is the sum of two 16-bit numbers to 2^-16 of itself or better, so tensor cores do not round it.
+            high = means.to(weights.dtype)
+            low = (means - high.to(tl.float32)).to(weights.dtype)
+            sums = tl.dot(high, weights, sums)
+            sums = tl.dot(low, weights, sums)
+    if gain is not None:
+        sums *= tl.load(gain + o, inside_o, 0.0)[None, :]
+    shift = sums
+    if mean_scale is not None:
+        shift *= tl.load(mean_scale + o, inside_o, 0.0)[None, :]
+    shift = -shift
+    if bias is not None:
+        shift += tl.load(bias + o, inside_o, 0.0)[None, :]
+    at = n.to(tl.int64)[:, None] * filters + o[None, :]
+    inside = inside_n[:, None] & inside_o[None, :]
+    tl.store(map_mean + at, sums, inside)
+    tl.store(beta + at, shift, inside)
+
+
+@triton.jit
+def input_rows(
+    m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+    size_d, size_h, size_w,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+):  # fmt: skip
+    """Of output pixels m: the sample, the input pixel that the first tap sees as d, h, w (which may be outside), and
+    its row in the input; ``plane`` and ``width`` are of the output."""
+    n = divide(m, pixels_by, pixels_shift)
+    rest = m - n * pixels
+    d = divide(rest, plane_by, plane_shift)
+    rest -= d * plane
+    h = divide(rest, width_by, width_shift)
+    w = rest - h * width
+    d = d * STRIDE_D - PADDING_D
+    h = h * STRIDE_H - PADDING_H
+    w = w * STRIDE_W - PADDING_W
+    return n, d, h, w, ((n * size_d + d) * size_h + h) * size_w + w
+
+
+@triton.jit
+def sees_input(
+    d, h, w, tap, size_d, size_h, size_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+):  # fmt: skip
+    """Whether a tap of a kernel whose first tap is at d, h, w lies on the input, and its distance in rows."""
+    kd = tap // (KERNEL_H * KERNEL_W) * DILATION_D
+    kh = tap // KERNEL_W % KERNEL_H * DILATION_H
+    kw = tap % KERNEL_W * DILATION_W
+    # Below zero is above every size where there is no sign.
+    inside = ((d + kd).to(tl.uint32, bitcast=True) < size_d.to(tl.uint32)) & (
+        (h + kh).to(tl.uint32, bitcast=True) < size_h.to(tl.uint32)
+    ) & ((w + kw).to(tl.uint32, bitcast=True) < size_w.to(tl.uint32))  # fmt: skip
+    return inside, (kd * size_h + kh) * size_w + kw
+
+
+def _product(arguments: dict) -> Product:
+    taps = arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
+    return Product(
+        rows=arguments["rows"],
+        columns=arguments["group_filters"],
+        runs=taps,
+        length=arguments["group_channels"],
+        count=arguments["channels"] // arguments["group_channels"],
+        itemsize=arguments["input"].element_size(),
+    )
+
+
+@tuned(
+    forward_configs(),
+    ["ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W"],
+    _product,
+)
+@triton.heuristics({"EVEN_K": lambda arguments: arguments["group_channels"] % arguments["BLOCK_K"] == 0})
+@triton.jit
+def _convolve(
+    input, weight, gain, beta, bias, residual, output, bits, pre_activation,
+    rows, channels, group_channels, group_filters,
+    pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+    size_d, size_h, size_w,
+    ROWS_LOG2: tl.constexpr,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(group_filters, BLOCK_N)
+    program = tl.program_id(0)
+    group = tl.program_id(1)
+    # Programs that run together share rows of the input and columns of the weights, which stay in the cache.
+    band = program // (GROUP_M * tiles_n)
+    height = min(tiles_m - band * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_filter = within // height * BLOCK_N
+    o = first_filter + tl.arange(0, BLOCK_N)
+    # Rows and columns that do not exist are loaded as the last ones and not stored.
+    seen_m, seen_o = tl.minimum(m, rows - 1), tl.minimum(o, group_filters - 1)
+    if POINTWISE:
+        row = seen_m
+        n = divide(seen_m, pixels_by, pixels_shift)
+    else:
+        n, d, h, w, row = input_rows(
+            seen_m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+            size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+        )  # fmt: skip
+    inputs = input + row.to(INDEX)[:, None] * channels + group * group_channels
+    weights = weight + (group * group_filters + seen_o).to(INDEX)[None, :] * (TAPS * group_channels)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    if FEW_CHANNELS:
+        for first in range(0, TAPS * group_channels, BLOCK_K):
+            flat = first + k
+            tap, c = flat // group_channels, flat % group_channels
+            inside, distance = sees_input(
+                d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w,
+                KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+            )  # fmt: skip
+            exists = flat < TAPS * group_channels
+            a = tl.load(inputs + (distance * channels + c[None, :]), inside & exists[None, :], 0.0)
+            b = tl.load(weights + flat[:, None], exists[:, None], 0.0)
+            acc = tl.dot(a, b, acc)
+    else:
+        chunks = tl.cdiv(group_channels, BLOCK_K)
+        for step in range(0, TAPS * chunks):
+            tap = step // chunks
+            c = step % chunks * BLOCK_K + k
+            if POINTWISE:
+                if EVEN_K:
+                    a = tl.load(inputs + c[None, :])
+                else:
+                    a = tl.load(inputs + c[None, :], (c < group_channels)[None, :], 0.0)
+            else:
+                inside, distance = sees_input(
+                    d, h, w, tap, size_d, size_h, size_w,
+                    KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+                )  # fmt: skip
+                loaded = inside[:, None]
+                if not EVEN_K:
+                    loaded = loaded & (c < group_channels)[None, :]
+                a = tl.load(inputs + (distance * channels + c)[None, :], loaded, 0.0)
+            if EVEN_K:
+                b = tl.load(weights + (tap * group_channels + c)[:, None])
+            else:
+                b = tl.load(weights + (tap * group_channels + c)[:, None], (c < group_channels)[:, None], 0.0)
+            acc = tl.dot(a, b, acc)
+
+    inside_m, inside_o = m < rows, o < group_filters
+    inside = inside_m[:, None] & inside_o[None, :]
+    o += group * group_filters
+    filters = tl.num_programs(1) * group_filters
+    if gain is not None:
+        acc *= tl.load(gain + o, inside_o, 0.0)[None, :]
+    if beta is not None:
+        acc += tl.load(beta + n.to(INDEX)[:, None] * filters + o[None, :], inside, 0.0)
+    elif bias is not None:
+        acc += tl.load(bias + o, inside_o, 0.0)[None, :]
+    at = m.to(INDEX)[:, None] * filters + o[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, inside, 0.0).to(tl.float32)
+    if pre_activation is not None:
+        tl.store(pre_activation + at, acc.to(pre_activation.dtype.element_ty), inside)
+    tl.store(output + at, activate(acc, ACTIVATION, SLOPE).to(output.dtype.element_ty), inside)
+    if bits is not None:
+        eighth = first_filter // 8 + tl.arange(0, BLOCK_N // 8)
+        row_of_bits = bits + m.to(INDEX)[:, None] * tl.cdiv(filters, 8) + group * (group_filters // 8)
+        packed = pack_bits(passes(acc, ACTIVATION) & inside_o[None, :])
+        tl.store(
+            row_of_bits + eighth[None, :], packed, inside_m[:, None] & (eighth < tl.cdiv(group_filters, 8))[None, :]
+        )
+
+
+# Below it a tap's channels do not fill the narrowest tile, so taps share tiles.
+_FEW_CHANNELS = 16
+
+
+def convolve(
+    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, windows: Windows, groups: int,
+    activation: str, slope: float, output: Tensor, map_mean: Tensor, bits: Tensor | None, pre_activation: Tensor | None,
+) -> None:  # fmt: skip
+    """Write ``output`` (N, O, *spatial), ``map_mean`` (N, O) where the maps are centred, and what backward keeps.
+
+    All tensors of maps and the weight are dense in channels_last, float32 or 16 bits; ``windows.pixels`` times N is at
+    most ``MAX_ROWS``.
+    """
+    samples, channels = x.shape[:2]
+    filters, group_channels = weight.shape[:2]
+    group_filters = filters // groups
+    rows = samples * windows.pixels
+    plane, width = windows.output[1] * windows.output[2], windows.output[2]
+    beta = None
+    with on(x):
+        if vectors.centred:
+            means = window_means(x, windows)
+            beta = torch.empty_like(map_mean)
+            blocks = {"BLOCK_N": 16, "BLOCK_O": 64, "BLOCK_K": 64}
+            grid = (ceil_divide(samples, blocks["BLOCK_N"]), ceil_divide(group_filters, blocks["BLOCK_O"]), groups)
+            _mean_of_maps[grid](
+                means, weight, vectors.gain, vectors.mean_scale, vectors.bias, map_mean, beta,
+                samples, channels, group_channels, group_filters,
+                TAPS=windows.taps, PRECISION="tf32x3", **blocks, num_warps=4, num_stages=3,
+            )  # fmt: skip
+        _convolve[
+            lambda blocks: (
+                ceil_divide(rows, blocks["BLOCK_M"]) * ceil_divide(group_filters, blocks["BLOCK_N"]),
+                groups,
+            )
+        ](
+            x, weight, vectors.gain, beta, vectors.bias, residual, output, bits, pre_activation,
+            rows, channels, group_channels, group_filters,
+            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
+            *windows.size,
+            ROWS_LOG2=rows.bit_length(),
+            **geometry_constants(windows),
+            POINTWISE=windows.is_pointwise,
+            FEW_CHANNELS=group_channels < _FEW_CHANNELS and not windows.is_pointwise,
+            INDEX=index_type(x, output),
+            ACTIVATION=activation, SLOPE=slope,
+        )  # fmt: skip
+
+
+def index_type(*tensors: Tensor) -> tl.dtype:
+    """Of elements of the largest tensor."""
+    return tl.int64 if max(tensor.numel() for tensor in tensors) >= 2**31 else tl.int32
+
+
+def geometry_constants(windows: Windows) -> dict[str, int]:
+    """The constants of a kernel that tell what its taps see."""
+    fields = {
+        "KERNEL": windows.kernel,
+        "STRIDE": windows.stride,
+        "PADDING": windows.padding,
+        "DILATION": windows.dilation,
+    }
+    return {f"{name}_{axis}": value for name, values in fields.items() for axis, value in zip("DHW", values)}

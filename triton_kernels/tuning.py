@@ -1,0 +1,121 @@
+"""Which tiles the matrix products take: every configuration there is, those worth a try, and Triton's tuner, which times
+these once for each shape and GPU and keeps what it found in Triton's cache (TRITON_CACHE_DIR)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import triton
+
+from .launch import INTERPRETED, Device, ceil_divide, device_of
+
+# Of those that fit, this many are timed.
+_TRIED = 5
+# Of a multiprocessor.
+_THREADS, _REGISTERS = 2048, 65536
+# Multiply-adds of 16-bit numbers and bytes from the L2 cache, a clock and multiprocessor (NVIDIA's A100 and H100 papers).
+_MULTIPLY_ADDS = {8: 1024, 9: 2048}
+_CACHE_BYTES = 40
+
+
+class Product(NamedTuple):
+    """``count`` matrix products of ``rows`` by ``columns``, each number a sum of ``runs`` times ``length`` terms."""
+
+    rows: int
+    columns: int
+    runs: int
+    length: int
+    count: int
+    itemsize: int
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int, **others: int) -> triton.Config:
+    return triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **others}, num_warps=warps, num_stages=stages)
+
+
+# In the interpreter every tile has edges.
+_INTERPRETED_TILE = (16, 16, 16, 1, 1)
+_FORWARD_TILES = (
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 4, 4),
+    (128, 64, 64, 4, 4),
+    (256, 64, 32, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 4, 4),
+    (128, 32, 64, 4, 4),
+    (128, 32, 32, 4, 4),
+    (128, 16, 32, 4, 4),
+)
+_WEIGHT_GRAD_TILES = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 4, 4),
+    (128, 64, 64, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 4, 4),
+    (64, 32, 64, 4, 4),
+    (32, 64, 64, 4, 4),
+    (16, 64, 64, 4, 4),
+)
+
+
+def forward_configs() -> list[triton.Config]:
+    return [_config(*tile, GROUP_M=8) for tile in ((_INTERPRETED_TILE,) if INTERPRETED else _FORWARD_TILES)]
+
+
+def weight_grad_configs() -> list[triton.Config]:
+    return [_config(*tile) for tile in ((_INTERPRETED_TILE,) if INTERPRETED else _WEIGHT_GRAD_TILES)]
+
+
+def tuned(configs: Sequence[triton.Config], key: Sequence[str], product_of: Callable[[dict], Product]):
+    """Decorates a kernel with Triton's tuner, which tries the most promising of ``configs`` that the GPU has room for.
+
+    ``product_of`` makes the product of a call's arguments by name, of which ``input`` is a tensor.
+    """
+
+    def keep(configs: Sequence[triton.Config], named: dict, **others) -> list[triton.Config]:
+        arguments = {**named, **others}
+        device = device_of(arguments["input"])
+        product = product_of(arguments)
+        fitting = [config for config in configs if _fits(config, product, device)]
+        return sorted(fitting, key=lambda config: predicted_clocks(config, product, device))[:_TRIED]
+
+    return triton.autotune(
+        configs=list(configs), key=list(key), prune_configs_by={"early_config_prune": keep}, cache_results=True
+    )
+
+
+def shared_memory(config: triton.Config, itemsize: int) -> int:
+    """Bytes of a block: the operands of every stage."""
+    m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return (m + n) * k * itemsize * config.num_stages
+
+
+def _fits(config: triton.Config, product: Product, device: Device) -> bool:
+    """Also leaves out what is mostly padding; the smallest tile always stays."""
+    m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    if shared_memory(config, product.itemsize) > device.shared_memory:
+        return False
+    tight = k <= 32 or k * product.itemsize <= 128
+    return tight and n <= max(64, 2 * product.columns - 1) and m <= max(64, 2 * product.rows - 1)
+
+
+def predicted_clocks(config: triton.Config, product: Product, device: Device) -> float:
+    """What ``product`` takes, counted: waves of tiles, each as long as its multiply-adds or its loads."""
+    m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    threads = 32 * config.num_warps
+    registers = threads * min(255, m * n // threads + 64)
+    resident = min(
+        device.shared_memory // shared_memory(config, product.itemsize), _THREADS // threads, _REGISTERS // registers
+    )
+    resident = max(1, resident)
+    tiles = ceil_divide(product.rows, m) * ceil_divide(product.columns, n) * product.count
+    waves = ceil_divide(tiles, resident * device.processors)
+    multiply_adds = _MULTIPLY_ADDS.get(device.capability // 10, _MULTIPLY_ADDS[9]) * 2 / product.itemsize
+    step = max(m * n * k / multiply_adds, (m + n) * k * product.itemsize / _CACHE_BYTES)
+    store = m * n * product.itemsize / _CACHE_BYTES
+    return waves * resident * (product.runs * ceil_divide(product.length, k) * step + store)
