@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ import deepcontrol_cuda as dc
 from deepcontrol_cuda import backends
 
 torch.set_num_threads(2)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # GPUs that the harness of tests/host_cuda plays: an H100 and an A100, and both with so little shared memory that even
 # small tensors already need clusters, or sums and apply in two launches.
@@ -67,6 +73,34 @@ def backend(request):
             stack.enter_context(torch.device("cuda"))
         stack.enter_context(dc.backends.use(name))
         yield name
+
+
+# Processes that tests of the Triton backend wait for, by the file of the tests.
+_TRITON_PROCESSES = {
+    "test_triton.py": {"interpreter": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", "tests"]},
+    "test_triton_compiles.py": {f"sm_{n}": ["-m", "tests.triton_compile", f"{n}"] for n in (80, 90)},
+}
+
+
+@pytest.fixture(scope="session")
+def triton_process(request, tmp_path_factory):
+    """Waits for a process and returns its status, output and errors; all that the tests need run side by side."""
+    folder = tmp_path_factory.mktemp("triton")
+    running = {}
+    for file in {item.path.name for item in request.session.items} & _TRITON_PROCESSES.keys():
+        for name, arguments in _TRITON_PROCESSES[file].items():
+            environment = os.environ | ({"TRITON_INTERPRET": "1"} if name == "interpreter" else {})
+            with open(folder / name, "w") as output, open(folder / f"{name}.errors", "w") as errors:
+                command = [sys.executable, *arguments]
+                running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=errors)
+
+    def wait(name: str) -> tuple[int, str, str]:
+        return running[name].wait(), (folder / name).read_text(), (folder / f"{name}.errors").read_text()
+
+    yield wait
+    for process in running.values():
+        process.kill()
+        process.wait()
 
 
 def harness():
