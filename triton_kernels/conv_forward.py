@@ -95,20 +95,64 @@ def input_rows(
 
 
 @triton.jit
-def sees_input(
+def seen_by(
     d, h, w, tap, size_d, size_h, size_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
 ):  # fmt: skip
     """Whether a tap of a kernel whose first tap is at d, h, w lies on the input, and its distance in rows."""
     kd = tap // (KERNEL_H * KERNEL_W) * DILATION_D
     kh = tap // KERNEL_W % KERNEL_H * DILATION_H
     kw = tap % KERNEL_W * DILATION_W
-    # Below zero is above every size where there is no sign.
-    inside = ((d + kd).to(tl.uint32, bitcast=True) < size_d.to(tl.uint32)) & (
-        (h + kh).to(tl.uint32, bitcast=True) < size_h.to(tl.uint32)
-    ) & ((w + kw).to(tl.uint32, bitcast=True) < size_w.to(tl.uint32))  # fmt: skip
+    # Without padding every tap of every output pixel lies on the input.
+    inside = tl.full(w.shape, True, tl.int1)
+    if PADDING_D > 0:
+        inside &= (d + kd >= 0) & (d + kd < size_d)
+    if PADDING_H > 0:
+        inside &= (h + kh >= 0) & (h + kh < size_h)
+    if PADDING_W > 0:
+        inside &= (w + kw >= 0) & (w + kw < size_w)
     return inside, (kd * size_h + kh) * size_w + kw
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right columns."""
+    pairs = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    acc, m, n, first, group,
+    gain, beta, bias, residual, output, bits, pre_activation, rows, group_filters,
+    INDEX: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """From sums of rows m, which are of samples n, and columns from ``first`` on in a group to what is stored."""
+    WIDTH: tl.constexpr = acc.shape[1]
+    o = first + tl.arange(0, WIDTH)
+    inside_m, inside_o = m < rows, o < group_filters
+    inside = inside_m[:, None] & inside_o[None, :]
+    filters = tl.num_programs(1) * group_filters
+    column = group * group_filters + o
+    if gain is not None:
+        acc *= tl.load(gain + column, inside_o, 0.0)[None, :]
+    if beta is not None:
+        acc += tl.load(beta + n.to(INDEX)[:, None] * filters + column[None, :], inside, 0.0)
+    elif bias is not None:
+        acc += tl.load(bias + column, inside_o, 0.0)[None, :]
+    at = m.to(INDEX)[:, None] * filters + column[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, inside, 0.0).to(tl.float32)
+    if pre_activation is not None:
+        tl.store(pre_activation + at, acc.to(pre_activation.dtype.element_ty), inside)
+    tl.store(output + at, activate(acc, ACTIVATION, SLOPE).to(output.dtype.element_ty), inside)
+    if bits is not None:
+        packed = pack_bits(passes(acc, ACTIVATION) & inside_o[None, :])
+        eighth = first // 8 + tl.arange(0, WIDTH // 8)
+        row = bits + m.to(INDEX)[:, None] * tl.cdiv(filters, 8) + group * (group_filters // 8)
+        tl.store(row + eighth[None, :], packed, inside_m[:, None] & (eighth < tl.cdiv(group_filters, 8))[None, :])
 
 
 def _product(arguments: dict) -> Product:
@@ -120,6 +164,7 @@ def _product(arguments: dict) -> Product:
         length=arguments["group_channels"],
         count=arguments["channels"] // arguments["group_channels"],
         itemsize=arguments["input"].element_size(),
+        gathers=arguments["FEW_CHANNELS"],
     )
 
 
@@ -143,7 +188,7 @@ def _convolve(
     POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    PARTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(group_filters, BLOCK_N)
@@ -174,9 +219,9 @@ def _convolve(
         for first in range(0, TAPS * group_channels, BLOCK_K):
             flat = first + k
             tap, c = flat // group_channels, flat % group_channels
-            inside, distance = sees_input(
-                d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w,
-                KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+            inside, distance = seen_by(
+                d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w, KERNEL_H, KERNEL_W,
+                PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
             )  # fmt: skip
             exists = flat < TAPS * group_channels
             a = tl.load(inputs + (distance * channels + c[None, :]), inside & exists[None, :], 0.0)
@@ -184,52 +229,49 @@ def _convolve(
             acc = tl.dot(a, b, acc)
     else:
         chunks = tl.cdiv(group_channels, BLOCK_K)
+        PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
         for step in range(0, TAPS * chunks):
             tap = step // chunks
             c = step % chunks * BLOCK_K + k
+            exists = c < group_channels
             if POINTWISE:
-                if EVEN_K:
-                    a = tl.load(inputs + c[None, :])
-                else:
-                    a = tl.load(inputs + c[None, :], (c < group_channels)[None, :], 0.0)
+                ahead = c
             else:
-                inside, distance = sees_input(
-                    d, h, w, tap, size_d, size_h, size_w,
-                    KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+                inside, distance = seen_by(
+                    d, h, w, tap, size_d, size_h, size_w, KERNEL_H, KERNEL_W,
+                    PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
                 )  # fmt: skip
-                loaded = inside[:, None]
-                if not EVEN_K:
-                    loaded = loaded & (c < group_channels)[None, :]
-                a = tl.load(inputs + (distance * channels + c)[None, :], loaded, 0.0)
+                ahead = distance * channels + c
+            if EVEN_K and not PADDED:
+                a = tl.load(inputs + ahead[None, :])
+            elif EVEN_K:
+                a = tl.load(inputs + ahead[None, :], inside[:, None], 0.0)
+            elif not PADDED:
+                a = tl.load(inputs + ahead[None, :], exists[None, :], 0.0)
+            else:
+                a = tl.load(inputs + ahead[None, :], inside[:, None] & exists[None, :], 0.0)
             if EVEN_K:
                 b = tl.load(weights + (tap * group_channels + c)[:, None])
             else:
-                b = tl.load(weights + (tap * group_channels + c)[:, None], (c < group_channels)[:, None], 0.0)
+                b = tl.load(weights + (tap * group_channels + c)[:, None], exists[:, None], 0.0)
             acc = tl.dot(a, b, acc)
 
-    inside_m, inside_o = m < rows, o < group_filters
-    inside = inside_m[:, None] & inside_o[None, :]
-    o += group * group_filters
-    filters = tl.num_programs(1) * group_filters
-    if gain is not None:
-        acc *= tl.load(gain + o, inside_o, 0.0)[None, :]
-    if beta is not None:
-        acc += tl.load(beta + n.to(INDEX)[:, None] * filters + o[None, :], inside, 0.0)
-    elif bias is not None:
-        acc += tl.load(bias + o, inside_o, 0.0)[None, :]
-    at = m.to(INDEX)[:, None] * filters + o[None, :]
-    if residual is not None:
-        acc += tl.load(residual + at, inside, 0.0).to(tl.float32)
-    if pre_activation is not None:
-        tl.store(pre_activation + at, acc.to(pre_activation.dtype.element_ty), inside)
-    tl.store(output + at, activate(acc, ACTIVATION, SLOPE).to(output.dtype.element_ty), inside)
-    if bits is not None:
-        eighth = first_filter // 8 + tl.arange(0, BLOCK_N // 8)
-        row_of_bits = bits + m.to(INDEX)[:, None] * tl.cdiv(filters, 8) + group * (group_filters // 8)
-        packed = pack_bits(passes(acc, ACTIVATION) & inside_o[None, :])
-        tl.store(
-            row_of_bits + eighth[None, :], packed, inside_m[:, None] & (eighth < tl.cdiv(group_filters, 8))[None, :]
-        )
+    # A part of the columns at a time, so that registers hold what is added to the accumulators beside them.
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    if PARTS == 1:
+        parts = (acc,)
+    elif PARTS == 2:
+        parts = _halves(acc)
+    else:
+        left, right = _halves(acc)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        parts = (first, second, third, fourth)
+    for i in tl.static_range(PARTS):
+        _finish(
+            parts[i], m, n, first_filter + i * WIDTH, group,
+            gain, beta, bias, residual, output, bits, pre_activation, rows, group_filters, INDEX, ACTIVATION, SLOPE,
+        )  # fmt: skip
 
 
 # Below it a tap's channels do not fill the narrowest tile, so taps share tiles.

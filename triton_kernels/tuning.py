@@ -1,5 +1,8 @@
-"""Which tiles the matrix products take: every configuration there is, those worth a try, and Triton's tuner, which times
-these once for each shape and GPU and keeps what it found in Triton's cache (TRITON_CACHE_DIR)."""
+"""Which tiles the matrix products take: every configuration there is, those worth a try, and Triton's tuner.
+
+The tuner times what is worth a try once for each shape and GPU, and keeps what it found in Triton's cache, which the
+variable TRITON_CACHE_DIR moves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from .launch import INTERPRETED, Device, ceil_divide, device_of
 _TRIED = 5
 # Of a multiprocessor.
 _THREADS, _REGISTERS = 2048, 65536
-# Multiply-adds of 16-bit numbers and bytes from the L2 cache, a clock and multiprocessor (NVIDIA's A100 and H100 papers).
+# A clock and multiprocessor, from NVIDIA's papers on A100 and H100: multiply-adds of 16-bit numbers by compute
+# capability, and bytes from the L2 cache.
 _MULTIPLY_ADDS = {8: 1024, 9: 2048}
 _CACHE_BYTES = 40
 
@@ -28,6 +32,10 @@ class Product(NamedTuple):
     length: int
     count: int
     itemsize: int
+    gathers: bool
+    """Whether operands come number by number."""
+    across: bool = False
+    """Whether numbers that are summed together are not neighbours in memory."""
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int, **others: int) -> triton.Config:
@@ -35,14 +43,15 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, **others: int) -> t
 
 
 # In the interpreter every tile has edges.
-_INTERPRETED_TILE = (16, 16, 16, 1, 1)
+_INTERPRETED_TILE = (16, 32, 16, 1, 1)
 _FORWARD_TILES = (
     (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3),
     (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
     (128, 128, 32, 4, 4),
     (128, 64, 64, 4, 4),
-    (256, 64, 32, 4, 4),
+    (128, 64, 32, 4, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
     (64, 64, 32, 4, 4),
@@ -57,14 +66,22 @@ _WEIGHT_GRAD_TILES = (
     (64, 128, 64, 4, 3),
     (64, 64, 64, 4, 4),
     (64, 64, 32, 4, 4),
+    (64, 64, 32, 2, 4),
     (64, 32, 64, 4, 4),
     (32, 64, 64, 4, 4),
-    (16, 64, 64, 4, 4),
+    (32, 64, 32, 4, 4),
+    (16, 64, 32, 4, 4),
 )
 
 
 def forward_configs() -> list[triton.Config]:
-    return [_config(*tile, GROUP_M=8) for tile in ((_INTERPRETED_TILE,) if INTERPRETED else _FORWARD_TILES)]
+    """``PARTS`` is how many parts the epilogue takes a tile in: 32 accumulators a thread each."""
+    if INTERPRETED:
+        return [_config(*_INTERPRETED_TILE, GROUP_M=2, PARTS=2)]
+    return [
+        _config(m, n, k, warps, stages, GROUP_M=8, PARTS=max(1, m * n // (32 * warps) // 32))
+        for m, n, k, warps, stages in _FORWARD_TILES
+    ]
 
 
 def weight_grad_configs() -> list[triton.Config]:
@@ -100,8 +117,18 @@ def _fits(config: triton.Config, product: Product, device: Device) -> bool:
     m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     if shared_memory(config, product.itemsize) > device.shared_memory:
         return False
-    tight = k <= 32 or k * product.itemsize <= 128
-    return tight and n <= max(64, 2 * product.columns - 1) and m <= max(64, 2 * product.rows - 1)
+    if k * product.itemsize > 128:
+        return False
+    # Wide numbers and gathers take more registers for what is not summed, so fewer are left for sums.
+    threads = 32 * config.num_warps
+    if m * n // threads > (64 if product.itemsize == 4 or product.gathers else 128):
+        return False
+    if product.gathers and max(m, n) * k // threads > 32:
+        return False
+    # wgmma takes only 16-bit operands across; others would be turned number by number on their way.
+    if product.across and product.itemsize == 4 and device.capability >= 90 and m >= 64 and config.num_warps >= 4:
+        return False
+    return n <= max(64, 2 * product.columns - 1) and m <= max(64, 2 * product.rows - 1)
 
 
 def predicted_clocks(config: triton.Config, product: Product, device: Device) -> float:

@@ -1,0 +1,173 @@
+"""The weight gradient of a convolution as an implicit matrix product, up to sums that ``kernel_gradients.finish`` adds.
+
+    partials[split, o, tap, c] = sum over the output pixels m of a split of grad[m, o] * input[row(m, tap), c]
+
+Everything is channels_last. Pixels are split among programs where there are too few tiles for the GPU; no two programs
+add to one number, so the sums are the same from run to run. Gain, its gradient and the projection are applied where the
+partials are added (``reference.finish_weight_grad``).
+
+Moved: gradient and input once from memory (tiles that run together share them in the cache), partials out and in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_forward import geometry_constants, index_type, input_rows, seen_by
+from .division import division
+from .launch import INTERPRETED, ceil_divide, device_of, on
+from .tensors import Windows
+from .tuning import Product, tuned, weight_grad_configs
+
+
+def _product(arguments: dict) -> Product:
+    taps = arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
+    channels = arguments["group_channels"]
+    return Product(
+        rows=arguments["group_filters"],
+        columns=taps * channels if arguments["FEW_CHANNELS"] else channels,
+        runs=1,
+        length=arguments["rows_of_split"],
+        count=arguments["splits"] * (1 if arguments["FEW_CHANNELS"] else taps) * arguments["groups"],
+        itemsize=arguments["input"].element_size(),
+        gathers=arguments["FEW_CHANNELS"],
+        across=True,
+    )
+
+
+@tuned(
+    weight_grad_configs(),
+    ["ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W"],
+    _product,
+)
+@triton.jit
+def _weight_grad(
+    input, grad, partials,
+    rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
+    pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+    size_d, size_h, size_w,
+    ROWS_LOG2: tl.constexpr,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
+    # Tiles of one split run together: they read the same pixels.
+    tiles_o = tl.cdiv(group_filters, BLOCK_M)
+    if FEW_CHANNELS:
+        tiles_c = tl.cdiv(TAPS * group_channels, BLOCK_N)
+    else:
+        tiles_c = tl.cdiv(group_channels, BLOCK_N)
+    program = tl.program_id(0)
+    o = program % tiles_o * BLOCK_M + tl.arange(0, BLOCK_M)
+    program = program // tiles_o
+    column = program % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = program // tiles_c
+    if FEW_CHANNELS:
+        # The channels of all taps side by side.
+        tap, c = column // group_channels, column % group_channels
+        exists_c = column < TAPS * group_channels
+    else:
+        tap, c = program % TAPS, column
+        exists_c = column < group_channels
+        program = program // TAPS
+    group = program % groups
+    split = program // groups
+    exists_o = o < group_filters
+    filters = groups * group_filters
+    grads = grad + group * group_filters + o[:, None]
+    inputs = input + group * group_channels + c[None, :]
+    begin = split * rows_of_split
+    end = tl.minimum(begin + rows_of_split, rows)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        m = first + tl.arange(0, BLOCK_K)
+        exists = m < end
+        a = tl.load(grads + m.to(INDEX)[None, :] * filters, exists_o[:, None] & exists[None, :], 0.0)
+        if POINTWISE:
+            b = tl.load(inputs + m.to(INDEX)[:, None] * channels, exists[:, None] & exists_c[None, :], 0.0)
+        else:
+            _, d, h, w, row = input_rows(
+                m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+                size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+            )  # fmt: skip
+            if FEW_CHANNELS:
+                inside, distance = seen_by(
+                    d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w, KERNEL_H, KERNEL_W,
+                    PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
+                )  # fmt: skip
+                seen = row[:, None] + distance
+            else:
+                inside, distance = seen_by(
+                    d, h, w, tap, size_d, size_h, size_w, KERNEL_H, KERNEL_W,
+                    PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
+                )  # fmt: skip
+                inside, seen = inside[:, None], (row + distance)[:, None]
+            loaded = exists[:, None] & exists_c[None, :]
+            if PADDED:
+                loaded &= inside
+            b = tl.load(inputs + seen.to(INDEX) * channels, loaded, 0.0)
+        acc = tl.dot(a, b, acc)
+    if FEW_CHANNELS:
+        place = column
+    else:
+        place = tap * group_channels + c
+    of_filter = (split * filters + group * group_filters + o).to(tl.int64) * (TAPS * group_channels)
+    tl.store(partials + of_filter[:, None] + place[None, :], acc, exists_o[:, None] & exists_c[None, :])
+
+
+# Below it a tap's channels do not fill the narrowest tile, so taps share tiles.
+_FEW_CHANNELS = 32
+# What partials are planned for: a tile of this many numbers, blocks for each multiprocessor, rows that are worth a block.
+_TILE, _BLOCKS, _LEAST_ROWS = 128 * 64, 2, 512
+
+
+def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int) -> Tensor:
+    """(SPLITS, O, taps, C / groups) float32 whose sum over the first is ``conv_weight_grad(x, grad)``.
+
+    ``x`` (N, C, *spatial) and ``grad`` (N, O, *output) dense in channels_last, float32 or 16 bits, with at most
+    ``conv_forward.MAX_ROWS`` output pixels.
+    """
+    samples, channels = x.shape[:2]
+    filters = grad.shape[1]
+    group_channels, group_filters = channels // groups, filters // groups
+    rows = samples * windows.pixels
+    splits, rows_of_split = _split(rows, filters * windows.taps * group_channels, device_of(x).processors)
+    partials = x.new_empty((splits, filters, windows.taps, group_channels), dtype=torch.float32)
+    plane, width = windows.output[1] * windows.output[2], windows.output[2]
+    few = group_channels < _FEW_CHANNELS and not windows.is_pointwise
+
+    def grid(blocks: dict) -> tuple[int]:
+        columns = windows.taps * group_channels if few else group_channels
+        tiles = ceil_divide(group_filters, blocks["BLOCK_M"]) * ceil_divide(columns, blocks["BLOCK_N"])
+        return (tiles * (1 if few else windows.taps) * groups * splits,)
+
+    with on(x):
+        _weight_grad[grid](
+            x, grad, partials,
+            rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
+            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
+            *windows.size,
+            ROWS_LOG2=rows.bit_length(),
+            **geometry_constants(windows),
+            POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=index_type(x, grad),
+        )  # fmt: skip
+    return partials
+
+
+def _split(rows: int, numbers: int, processors: int) -> tuple[int, int]:
+    """How many programs share the rows of one tile, and the rows of each, where the gradient has ``numbers``."""
+    if INTERPRETED:
+        return (2, ceil_divide(rows, 2)) if rows > 1 else (1, rows)
+    wanted = ceil_divide(_BLOCKS * processors, ceil_divide(numbers, _TILE))
+    splits = max(1, min(wanted, rows // _LEAST_ROWS))
+    # Whole blocks of rows, and no split without any.
+    rows_of_split = ceil_divide(ceil_divide(rows, splits), 64) * 64
+    return ceil_divide(rows, rows_of_split), rows_of_split
