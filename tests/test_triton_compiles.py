@@ -16,7 +16,7 @@ pytestmark = [
 ]
 # Bytes that one block may have, of an A100 and an H100.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-PRODUCTS = {80: r"mma\.sync", 90: r"wgmma\.mma_async"}
+PRODUCTS = ("_convolve", "_weight_grad")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def check(kernels: list[dict], describe: Callable[[dict], str | None]) -> None:
     """``describe`` says what is wrong with a kernel, if anything."""
     assert kernels
     wrong = [
-        f"{kernel['name']}({kernel['options']}) for {kernel['call']}: {text}"
+        f"{kernel['name']} {kernel['constants']} for {kernel['call']}: {text}"
         for kernel in kernels
         if (text := describe(kernel))
     ]
@@ -61,3 +61,29 @@ def test_shared_memory(compiled, capability):
 def test_no_sum_depends_on_the_order_of_threads(compiled):
     """No atomics on floating-point numbers."""
     check(compiled["kernels"], lambda kernel: ", ".join(re.findall(r"\b(?:atom|red)\.[\w.:]*\.b?f\d+", kernel["ptx"])))
+
+
+def test_products_run_on_tensor_cores(compiled, capability):
+    """Those of the newer GPUs multiply 64 rows at least, and of 32 bits no operand that would have to be transposed."""
+
+    def describe(kernel):
+        rows = kernel["constants"]["BLOCK_M"]
+        newer = capability >= 90 and rows >= 64 and (kernel["name"] == "_convolve" or "16" in kernel["call"])
+        wanted = r"wgmma\.mma_async" if newer else r"mma\.sync"
+        if not re.search(wanted, kernel["ptx"]):
+            return f"no {wanted}"
+
+    check([kernel for kernel in compiled["kernels"] if kernel["name"] in PRODUCTS], describe)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        pytest.param(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*\], (16|0x10)", id="load"),
+        pytest.param(r"st\.global[\w.:]*\.v4\.b32", id="store"),
+    ],
+)
+def test_sixteen_bytes_move_at_a_time(compiled, capability, instruction):
+    names = (*PRODUCTS, "_center", "_center_backward")
+    kernels = [kernel for kernel in compiled["kernels"] if kernel["name"] in names and kernel["aligned"]]
+    check(kernels, lambda kernel: None if re.search(instruction, kernel["ptx"]) else f"no {instruction}")

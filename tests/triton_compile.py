@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from deepcontrol_cuda.triton_kernels import library, tuning
+from deepcontrol_cuda.triton_kernels import conv_center, library, tuning
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,9 +47,11 @@ class Kernel:
     """One specialisation: what it was for, what it takes, in bytes and registers a thread, and its PTX."""
 
     name: str
-    options: str
     call: str
     """The op that launched it first."""
+    aligned: bool
+    """Whether whole vectors of 16 bytes make up the rows of its maps and weights."""
+    constants: dict[str, int | bool | str]
     registers: int
     stack: int
     local: int
@@ -61,6 +63,7 @@ class Kernel:
 @dataclass
 class Compilation:
     call: str
+    aligned: bool
     source: ASTSource
     target: GPUTarget
     options: dict[str, object]
@@ -113,11 +116,11 @@ class PretendedGpu:
         torch.cuda.current_device = lambda: None  # the index of a meta tensor
         triton.runtime.driver.set_active(_Driver(capability))
         triton.compiler.compile = self._keep
-        self.call = ""
+        self.call, self.aligned = "", True
         self.compilations: list[Compilation] = []
 
     def _keep(self, source: ASTSource, target: GPUTarget, options: dict[str, object], **_: object) -> _Launched:
-        self.compilations.append(Compilation(self.call, source, target, options))
+        self.compilations.append(Compilation(self.call, self.aligned, source, target, options))
         return _Launched()
 
 
@@ -145,6 +148,7 @@ class Ops:
     def __getattr__(self, name: str) -> Callable[..., object]:
         def call(*arguments: object) -> object:
             self.gpu.call = f"{name}({', '.join(map(_describe, arguments))})"
+            self.gpu.aligned = all(map(_aligned, arguments))
             return self.functions[name](*arguments)
 
         return call
@@ -193,6 +197,13 @@ def _describe(argument: object) -> str:
     return f"{'x'.join(map(str, argument.shape))} {str(argument.dtype).removeprefix('torch.')}{layout}"
 
 
+def _aligned(argument: object) -> bool:
+    if not isinstance(argument, Tensor) or argument.dim() < 3 or argument.dtype == torch.uint8:
+        return True
+    contiguous = memory_format(argument) is torch.contiguous_format
+    return (argument.shape[2:].numel() if contiguous else argument.shape[1]) % 8 == 0
+
+
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -216,23 +227,25 @@ def call_everything(ops: Ops) -> None:
         steps = [[value] * rank for value in (3, 1, 1, 1)]
         ops.window_mean(x, *steps)
 
-    small, wide = Shape(64, 64, 3, 56), Shape(64, 256, 1, 56)
-    # Every tile that a GPU has room for.
-    tuning._TRIED = len(tuning.forward_configs())
-    for dtype, shape in product((BF16, F32), (small, wide)):
-        ops.conv(shape, dtype)
-    # And for the others the best of them, as far as one can count.
-    tuning._TRIED = 1
-    for shape in SETS["resnet50_all"]:
-        ops.conv(shape, BF16)
-    for shape in (*SETS["resnet50"], SETS["resnet50_all"][8]):
-        ops.conv(shape, F32)
-    for setting in others:
-        ops.conv(small, *setting)
-    ops.conv(Shape(64, 128, 3, 28, groups=2), BF16)
-    ops.conv(Shape(96, 96, 3, 56, groups=96), BF16)
-    ops.conv(Shape(96, 96, 3, 56, stride=2, groups=96), BF16)
-    ops.conv(Shape(19, 33, 3, 9), BF16)
+    small, wide, image = Shape(64, 64, 3, 56), Shape(64, 256, 1, 56), Shape(3, 64, 7, 224, 2)
+    with conv_center.prefer("fused"):
+        # Every tile that a GPU has room for, in bfloat16.
+        tuning._TRIED = len(tuning.forward_configs())
+        for shape in (small, wide, image):
+            ops.conv(shape, BF16)
+        # And elsewhere the best of them, as far as one can count.
+        tuning._TRIED = 1
+        for shape in SETS["resnet50_all"]:
+            ops.conv(shape, BF16)
+        for shape in (small, wide, image):
+            ops.conv(shape, F32)
+        for setting in others:
+            ops.conv(small, *setting)
+        ops.conv(Shape(64, 128, 3, 28, groups=2), BF16)
+        ops.conv(Shape(19, 33, 3, 9), BF16)
+    for stride, dtype in ((1, BF16), (2, BF16), (1, F32), (1, F64)):
+        ops.conv(Shape(96, 96, 3, 56, stride, groups=96), dtype)
+    ops.conv(Shape(32, 64, 3, 28, groups=8), BF16)
 
     for dtype in (BF16, F32):
         gradients = [maps((o, c, k, k), dtype) for o, c, k, count in RESNET50_KERNELS for _ in range(count)]
@@ -250,14 +263,15 @@ def compile_one(compilation: Compilation, compile: Callable[..., object], folder
     report = subprocess.run([_CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     constants = {
-        compilation.source.fn.arg_names[path[0]]: value for path, value in compilation.source.constants.items()
+        compilation.source.fn.arg_names[path[0]]: value if isinstance(value, int) else str(value)
+        for path, value in compilation.source.constants.items()
+        if value is not None
     }
-    text = {name: str(value) for name, value in constants.items() if value is not None}
-    text |= {name: str(options[name]) for name in ("num_warps", "num_stages")}
     return Kernel(
         name=compilation.source.fn.fn.__name__,
-        options=", ".join(f"{name}={value}" for name, value in text.items()),
         call=compilation.call,
+        aligned=compilation.aligned,
+        constants=constants | {name: options[name] for name in ("num_warps", "num_stages")},
         registers=usage["REG"],
         stack=usage["STACK"],
         local=usage["LOCAL"],
