@@ -1,6 +1,364 @@
-def finish_weight_grad_(*arguments):
-    raise NotImplementedError
+"""What becomes of weight gradients: gain, dgain and projection (``reference.finish_weight_grad``, ``project``).
+
+    dw = project(gain * dw'),  dgain = sum(weight * dw'),  project(g) = g - projection * mean over the taps of g
+
+A weight gradient is finished while its partial sums are added up: ``partials + weight + dw`` bytes, and without dgain
+not those of the weight. ``project_kernel_gradients_`` reads and writes each gradient once, all of a model in one
+launch. A kernel that is too long for a tile is read twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._ops import accumulation, memory_format
+from . import tensors
+from .launch import INTERPRETED, ceil_divide, on
+
+_TILE = 4096
+"""Elements that a program has in registers at a time."""
+_MOST_TAPS = 1024
+_TABLES = 64
+"""Tables of gradients that are kept on devices."""
 
 
-def project_kernel_gradients_(*arguments):
-    raise NotImplementedError
+@triton.jit
+def _added(source, tap, channel, splits, split_stride, channels, T: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr,
+           SUM: tl.constexpr):  # fmt: skip
+    """The sum of the splits in fixed order, taps down and channels across."""
+    tile = source + _offsets(tap, channel, channels, T, CHANNELS_INNERMOST)
+    inside = (tap < T)[:, None] & (channel < channels)[None, :]
+    sums = tl.load(tile, inside, 0.0).to(SUM)
+    for _ in tl.range(1, splits, loop_unroll_factor=4):
+        tile += split_stride
+        sums += tl.load(tile, inside, 0.0).to(SUM)
+    return sums
+
+
+@triton.jit
+def _offsets(tap, channel, channels, taps, CHANNELS_INNERMOST: tl.constexpr):
+    if CHANNELS_INNERMOST:
+        return tap[:, None] * channels + channel[None, :]
+    else:
+        return channel[None, :] * taps + tap[:, None]
+
+
+@triton.jit(do_not_specialize=("splits", "split_stride", "channels"))
+def finish_filter(
+    source, target, weight, factor, divisor, dgain, projection: tl.float64, splits, split_stride, channels,
+    T: tl.constexpr, PROJECT: tl.constexpr, SOURCE_INNERMOST: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr,
+    TAPS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """target = project(factor * source) and dgain = sum(weight * source / divisor) of one filter.
+
+    source (splits, filters, T taps, channels), target, which may be the source, and weight (filters, T taps, channels);
+    taps and channels the other way round where channels are not innermost. VECTOR divides channels.
+    """
+    SUM: tl.constexpr = tl.float64 if target.dtype.element_ty == tl.float64 else tl.float32
+    filter = tl.program_id(0).to(tl.int64)
+    channels = tl.multiple_of(channels, VECTOR)
+    split_stride = tl.multiple_of(split_stride, VECTOR)
+    source += filter * T * channels
+    target += filter * T * channels
+    scale = tl.full((), 1.0, SUM)
+    if factor is not None:
+        scale = tl.load(factor + filter)
+    if dgain is not None:
+        weight += filter * T * channels
+        dots = tl.zeros((CHANNELS,), SUM)
+    for first in range(0, channels, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)
+        shift = tl.zeros((CHANNELS,), SUM)
+        if T > TAPS and PROJECT:
+            for first_tap in range(0, T, TAPS):
+                tap = first_tap + tl.arange(0, TAPS)
+                grads = _added(source, tap, channel, splits, split_stride, channels, T, SOURCE_INNERMOST, SUM)
+                shift += tl.sum(grads, 0)
+            shift = (shift * scale / T * projection).to(SUM)
+        for first_tap in range(0, T, TAPS):
+            tap = first_tap + tl.arange(0, TAPS)
+            grads = _added(source, tap, channel, splits, split_stride, channels, T, SOURCE_INNERMOST, SUM)
+            tile = _offsets(tap, channel, channels, T, CHANNELS_INNERMOST)
+            inside = (tap < T)[:, None] & (channel < channels)[None, :]
+            if dgain is not None:
+                dots += tl.sum(grads * tl.load(weight + tile, inside, 0.0).to(SUM), 0)
+            if T <= TAPS and PROJECT:
+                shift = (tl.sum(grads, 0) * scale / T * projection).to(SUM)
+            tl.store(target + tile, grads * scale - shift[None, :], inside)
+    if dgain is not None:
+        dot = tl.sum(dots, 0)
+        if divisor is not None:
+            dot /= tl.load(divisor + filter)
+        tl.store(dgain + filter, dot)
+
+
+@triton.jit(do_not_specialize=("rows", "length"))
+def scale_rows(weight, gain, scaled, rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """scaled = gain * weight, (rows, length); gain (rows). VECTOR divides the length."""
+    length = tl.multiple_of(length, VECTOR)
+    blocks = tl.cdiv(length, BLOCK)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    tile = row.to(tl.int64)[:, None] * length + column[None, :]
+    inside = (row < rows)[:, None] & (column < length)[None, :]
+    gains = tl.load(gain + row, row < rows, 0.0)[:, None]
+    tl.store(scaled + tile, tl.load(weight + tile, inside, 0.0).to(gains.dtype) * gains, inside)
+
+
+@triton.jit
+def _project_tile(
+    gradient, first, kernels, channels, taps, projection,
+    TAPS: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+    KERNELS: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """In place on KERNELS kernels of a gradient, which lie beside each other; of all its filters, they count through."""
+    kernel = first + tl.arange(0, KERNELS)
+    if CHANNELS_INNERMOST:
+        channels = tl.multiple_of(channels, VECTOR)
+        kernels = tl.multiple_of(kernels, VECTOR)
+        stride = channels
+        start = kernel.to(tl.int64) + (kernel // channels).to(tl.int64) * ((taps - 1) * channels)
+        # A vector lies in one filter.
+        start = tl.max_contiguous(tl.multiple_of(start, VECTOR), VECTOR)
+    else:
+        taps = tl.multiple_of(taps, VECTOR)
+        stride = 1
+        start = kernel.to(tl.int64) * taps
+    tap = tl.arange(0, TAPS)[:, None]
+    tile = gradient + (start[None, :] + tap * stride)
+    inside = (kernel < kernels)[None, :]
+    if WHOLE:
+        inside &= tap < taps
+        grads = tl.load(tile, inside, 0.0).to(SUM)
+        shift = (tl.sum(grads, 0) / taps * projection).to(SUM)
+        tl.store(tile, grads - shift[None, :], inside)
+    else:
+        sums = tl.zeros((KERNELS,), SUM)
+        for first_tap in range(0, taps, TAPS):
+            sums += tl.sum(tl.load(tile + first_tap * stride, inside & (first_tap + tap < taps), 0.0).to(SUM), 0)
+        shift = (sums / taps * projection).to(SUM)
+        for first_tap in range(0, taps, TAPS):
+            within = inside & (first_tap + tap < taps)
+            grads = tl.load(tile + first_tap * stride, within, 0.0).to(SUM)
+            tl.store(tile + first_tap * stride, grads - shift[None, :], within)
+
+
+@triton.jit
+def project_tiles(
+    table, projection: tl.float64, COUNT: tl.constexpr, VARIANTS: tl.constexpr, TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """In place on one tile of the gradient that the program is for.
+
+    table (6, COUNT): the first program of each gradient, its address, kernels, channels, taps and which of VARIANTS.
+    """
+    SUM: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    program = tl.program_id(0)
+    first_programs = tl.load(table + tl.arange(0, COUNT))
+    entry = table + (tl.sum((first_programs <= program).to(tl.int32), 0) - 1)
+    place = (program - tl.load(entry)).to(tl.int32)
+    address = tl.load(entry + COUNT)
+    kernels = tl.load(entry + 2 * COUNT).to(tl.int32)
+    channels = tl.load(entry + 3 * COUNT).to(tl.int32)
+    taps = tl.load(entry + 4 * COUNT).to(tl.int32)
+    variant = tl.load(entry + 5 * COUNT)
+    for i in tl.static_range(len(VARIANTS)):
+        TAPS: tl.constexpr = VARIANTS[i][0]
+        VECTOR: tl.constexpr = VARIANTS[i][2]
+        KERNELS: tl.constexpr = TILE // TAPS
+        if variant == i:
+            gradient = address.to(tl.pointer_type(DTYPE))
+            if VECTOR > 1:
+                gradient = tl.multiple_of(gradient, 16)
+            _project_tile(gradient, place * KERNELS, kernels, channels, taps, projection, TAPS, VARIANTS[i][1], VECTOR,
+                          VARIANTS[i][3], KERNELS, SUM)  # fmt: skip
+
+
+def _vector(row: int, *operands: Tensor | None) -> int:
+    """Elements of 16 bytes of the narrowest operand if all are aligned to them and rows are made of them, else 1."""
+    given = [tensor for tensor in operands if tensor is not None]
+    elements = 16 // min(tensor.element_size() for tensor in given)
+    return elements if row % elements == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in given) else 1
+
+
+def _innermost(weight: Tensor) -> bool:
+    """Whether the channels of a dense (O, C, *kernel) tensor are innermost; one tap or channel is either way."""
+    return memory_format(weight) is not torch.contiguous_format
+
+
+def _taps(weight: Tensor) -> int:
+    return weight.shape[2:].numel()
+
+
+def _finish(
+    source: Tensor, splits: int, source_innermost: bool, target: Tensor, weight: Tensor | None, factor: Tensor | None,
+    divisor: Tensor | None, projection: float,
+) -> Tensor | None:  # fmt: skip
+    """Into ``target``, dense in its memory format; returns dgain if there is a weight, dense in the same format."""
+    filters, channels, taps = target.shape[0], target.shape[1], _taps(target)
+    dgain = None if weight is None else target.new_empty((filters,), dtype=accumulation(target))
+    innermost = _innermost(target)
+    tap_block = min(_MOST_TAPS, triton.next_power_of_2(taps))
+    block = min(_TILE // tap_block, triton.next_power_of_2(channels))
+    with on(target):
+        finish_filter[filters,](
+            source, target, weight, factor, divisor, dgain, projection, splits, target.numel(), channels,
+            T=taps, PROJECT=projection != 0.0 and taps > 1, SOURCE_INNERMOST=source_innermost,
+            CHANNELS_INNERMOST=innermost, TAPS=tap_block, CHANNELS=block,
+            VECTOR=_vector(channels, source, target, weight),
+            num_warps=max(1, min(8, tap_block * block // 512)),
+        )  # fmt: skip
+    return dgain
+
+
+def finish(
+    partials: Tensor, weight: Tensor, gain: Tensor | None, projection: float, dots: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``weight`` (O, C, *kernel), dense, and of its gain (O,) if ``dots``, else None.
+
+    ``partials`` (splits, O, taps, C), dense, in the accumulation type, add up to the gradient of ``gain * weight``.
+    """
+    grad_weight = torch.empty_like(weight)
+    if weight.numel() == 0:
+        return grad_weight, weight.new_zeros((weight.shape[0],), dtype=accumulation(weight)) if dots else None
+    dgain = _finish(
+        partials, partials.shape[0], True, grad_weight, weight if dots else None, gain, None, projection
+    )  # fmt: skip
+    return grad_weight, dgain
+
+
+def finish_in_place(
+    grad: Tensor, weight: Tensor, factor: Tensor | None, divisor: Tensor | None, projection: float, dots: bool
+) -> Tensor | None:
+    """``grad = project(factor * grad)``, dense; returns ``sum(weight * grad / divisor)`` (O,) if ``dots``, else None."""
+    if grad.numel() == 0:
+        return grad.new_zeros((grad.shape[0],), dtype=accumulation(grad)) if dots else None
+    if not dots and factor is None and (projection == 0.0 or _taps(grad) == 1):
+        return None
+    dense_weight = weight.contiguous(memory_format=memory_format(grad)) if dots else None
+    return _finish(grad, 1, _innermost(grad), grad, dense_weight, factor, divisor, projection)
+
+
+def scale_filters(weight: Tensor, gain: Tensor) -> Tensor:
+    """``gain * weight`` of each filter, in the dtype of ``weight`` and dense; gain (O,) in the accumulation type."""
+    weight = tensors.dense(weight)
+    scaled = torch.empty_like(weight)
+    if weight.numel() == 0:
+        return scaled
+    rows, length = weight.shape[0], weight[0].numel()
+    block = min(2048, triton.next_power_of_2(length))
+    with on(weight):
+        scale_rows[ceil_divide(rows, 2048 // block) * ceil_divide(length, block),](
+            weight, gain, scaled, rows, length, ROWS=2048 // block, BLOCK=block, VECTOR=_vector(length, weight, scaled),
+            num_warps=4,
+        )  # fmt: skip
+    return scaled
+
+
+def finish_weight_grad_(
+    grad_weight: Tensor, weight: Tensor, gain: Tensor | None, scale: Tensor | None, projection: float
+) -> Tensor:
+    tensors.check_dtype(grad_weight)
+    tensors.check_same("grad_weight", grad_weight, weight)
+    factor = tensors.vector_of(gain, weight.shape[0], weight, "gain")
+    divisor = tensors.vector_of(scale, weight.shape[0], weight, "scale")
+    if divisor is not None:
+        factor = divisor.reciprocal() if factor is None else factor / divisor
+    grad = tensors.dense(grad_weight)
+    dgain = finish_in_place(grad, weight, factor, divisor, projection, True)
+    if grad is not grad_weight:
+        grad_weight.copy_(grad)
+    tensors.mark_changed(grad_weight)
+    return dgain
+
+
+class _Sent(NamedTuple):
+    table: Tensor
+    host: Tensor
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+
+_sent: OrderedDict[tuple, _Sent] = OrderedDict()
+# CUDA graphs read what was there when they were captured.
+_captured: list[_Sent] = []
+
+
+def _on_device(rows: tuple[tuple[int, ...], ...], like: Tensor) -> Tensor:
+    """The table on the device of ``like``; kept, since gradients mostly stay where they are from step to step."""
+    if like.device.type != "cuda":
+        return torch.tensor(rows, device=like.device)
+    stream = torch.cuda.current_stream(like.device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (like.device, rows)
+    sent = _sent.pop(key, None)
+    known = sent is not None
+    if not known:
+        host = torch.tensor(rows).pin_memory()
+        sent = _Sent(host.to(like.device, non_blocking=True), host, stream, stream.record_event())
+    # What is only captured has not been copied yet.
+    if known or not capturing:
+        _sent[key] = sent
+        if len(_sent) > _TABLES:
+            _sent.popitem(last=False)
+    if capturing:
+        # A capture begins when the device has finished what it was given before.
+        _captured.append(sent)
+    elif sent.stream != stream:
+        stream.wait_event(sent.event)
+        sent.table.record_stream(stream)
+    return sent.table
+
+
+def _project(gradients: Sequence[Tensor], weight: float) -> None:
+    """In one launch, of dense gradients of one dtype on one device."""
+    variants: dict[tuple[int, bool, int, bool], int] = {}
+    entries, programs = [], 0
+    for gradient in gradients:
+        channels, taps, innermost = gradient.shape[1], _taps(gradient), _innermost(gradient)
+        block = min(_MOST_TAPS, triton.next_power_of_2(taps))
+        variant = (block, innermost, _vector(channels if innermost else taps, gradient), taps <= block)
+        kernels = gradient.shape[0] * channels
+        number = variants.setdefault(variant, len(variants))
+        entries.append((programs, gradient.data_ptr(), kernels, channels, taps, number))
+        programs += ceil_divide(kernels, _TILE // block)
+    count = triton.next_power_of_2(len(entries))
+    entries += [(2**62, 0, 0, 0, 0, 0)] * (count - len(entries))
+    first = gradients[0]
+    with on(first):
+        project_tiles[programs,](
+            _on_device(tuple(zip(*entries)), first), weight, COUNT=count, VARIANTS=tuple(variants), TILE=_TILE,
+            DTYPE=_TRITON[first.dtype], num_warps=8,
+        )  # fmt: skip
+
+
+_TRITON = {
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+}  # fmt: skip
+
+
+def project_kernel_gradients_(gradients: Sequence[Tensor], weight: float) -> None:
+    changed = [g for g in gradients if g.dim() >= 3 and _taps(g) > 1 and g.numel() > 0]
+    launches: dict[tuple, list[Tensor]] = {}
+    dense_gradients = []
+    times: dict[int, int] = {}
+    for gradient in changed:
+        tensors.check_dtype(gradient)
+        dense_gradients.append(tensors.dense(gradient))
+        # The same gradient again waits for the launch that changes it.
+        place = dense_gradients[-1].data_ptr()
+        times[place] = times.get(place, 0) + 1
+        launches.setdefault((gradient.device, gradient.dtype, times[place]), []).append(dense_gradients[-1])
+    for alike in launches.values():
+        _project(alike, weight)
+    for gradient, projected in zip(changed, dense_gradients):
+        if projected is not gradient:
+            gradient.copy_(projected)
+        tensors.mark_changed(gradient)

@@ -108,7 +108,7 @@ def sum_windows(
         place = slice + tl.arange(0, PIXELS)[None, :, None]
         channel = first_channel + tl.arange(0, CHANNELS)[None, None, :]
         tile = x + sample * pixels * channels + (place * channels + channel)
-        step = channels.to(tl.int64)
+        step = tl.cast(channels, tl.int64)
     if ALL_TAPS == 1:
         tap = tl.program_id(1)
         sums = tl.zeros((SLICES, place.shape[1] * channel.shape[1], place.shape[2] * channel.shape[2]), SUM)
@@ -200,6 +200,8 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
 
 
 def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int, channel_stride: int) -> None:
+    if launch.INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()  # the interpreter multiplies the bits of bfloat16 as integers
     maps = tensors.maps_of(x, memory_format(x))
     if maps.pixels >= 1 << 30:
         raise ValueError(f"input: got maps of {maps.pixels} pixels, wanted fewer than 2^30")
