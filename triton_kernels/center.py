@@ -95,16 +95,15 @@ def _bytes(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _maps(tile, map, channel, channels, CHANNELS_INNERMOST: tl.constexpr,
-          ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """The maps of a tile, their channels, and which of them there are: (1, COLUMNS) or (ROWS, 1)."""
+def _maps(tile, channel, channels, CHANNELS_INNERMOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a tile's maps, their channels, and which of them there are: (1, COLUMNS) or (ROWS, 1)."""
     _, _, rows, columns, _ = tile
     if CHANNELS_INNERMOST:
         c = tl.arange(0, COLUMNS)[None, :]
-        return map + c, channel + c, c < columns
+        return c, channel + c, c < columns
     else:
         r = tl.arange(0, ROWS)[:, None]
-        return map + r, (channel + r) % channels, r < rows
+        return r, (channel + r) % channels, r < rows
 
 
 @triton.jit
@@ -185,16 +184,16 @@ def _center(
 ):  # fmt: skip
     """Centres if there is ``map_mean``, by ``sums`` where others have parts of the same maps."""
     tile, _, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
-    map, channel, has_map = _maps(tile, map, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
+    lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     HELD: tl.constexpr = map_mean is not None and sums is None
     if HELD:
         x, total, _ = _sum_error(
             input, None, None, None, tile, "identity", 0.0, CHANNELS_INNERMOST, ROWS, COLUMNS, CHUNKS
         )
     elif map_mean is not None:
-        total = tl.load(sums + map, mask=has_map, other=0.0)
+        total = tl.load(sums + map + lane, mask=has_map, other=0.0)
     dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    offset = tl.zeros(map.shape, dtype)
+    offset = tl.zeros(lane.shape, dtype)
     if bias is not None:
         offset = tl.load(bias + channel, mask=has_map, other=0.0)
     if gain is not None:
@@ -210,7 +209,7 @@ def _center(
                 mean *= gain
         offset -= removed
         # Each part writes the same.
-        tl.store(map_mean + map, mean, mask=has_map)
+        tl.store(map_mean + map + lane, mean, mask=has_map)
     if output_mean is not None:
         total_output = tl.zeros((ROWS, COLUMNS), dtype)
     for i in range(CHUNKS):
@@ -235,7 +234,7 @@ def _center(
         if output_mean is not None:
             total_output += tl.where(inside, result.to(dtype), 0.0)
     if output_mean is not None:
-        tl.store(output_mean + map, _mean(_sum(total_output, CHANNELS_INNERMOST), pixels), mask=has_map)
+        tl.store(output_mean + map + lane, _mean(_sum(total_output, CHANNELS_INNERMOST), pixels), mask=has_map)
 
 
 @triton.jit
@@ -247,7 +246,7 @@ def _center_backward(
 ):  # fmt: skip
     """``totals`` are the sums of the error over the maps where others have parts of the same maps."""
     tile, _, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
-    map, channel, has_map = _maps(tile, map, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
+    lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     HELD: tl.constexpr = totals is None and (CENTRED or sums is not None)
     if HELD:
         error, total, dot = _sum_error(
@@ -255,11 +254,11 @@ def _center_backward(
             CHANNELS_INNERMOST, ROWS, COLUMNS, CHUNKS,
         )  # fmt: skip
         if sums is not None:
-            tl.store(sums + map, total, mask=has_map)
+            tl.store(sums + map + lane, total, mask=has_map)
         if dots is not None:
-            tl.store(dots + map, dot, mask=has_map)
+            tl.store(dots + map + lane, dot, mask=has_map)
     elif CENTRED:
-        total = tl.load(totals + map, mask=has_map, other=0.0)
+        total = tl.load(totals + map + lane, mask=has_map, other=0.0)
     if scale is not None:
         scale = tl.load(scale + channel, mask=has_map, other=0.0)
     if CENTRED:
@@ -293,15 +292,15 @@ def _sum_parts(
 ):  # fmt: skip
     """Sums over a part of each map: of the error, (parts, maps), or also of error * input, (parts, 2, maps)."""
     tile, part, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
-    map, channel, has_map = _maps(tile, map, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
+    lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     _, total, dot = _sum_error(
         grad_output, bits, pre_activation, input, tile, ACTIVATION, SLOPE, CHANNELS_INNERMOST, ROWS, COLUMNS, CHUNKS
     )
     if input is None:
-        tl.store(partials + part * maps + map, total, mask=has_map)
+        tl.store(partials + part * maps + map + lane, total, mask=has_map)
     else:
-        tl.store(partials + 2 * part * maps + map, total, mask=has_map)
-        tl.store(partials + (2 * part + 1) * maps + map, dot, mask=has_map)
+        tl.store(partials + 2 * part * maps + map + lane, total, mask=has_map)
+        tl.store(partials + (2 * part + 1) * maps + map + lane, dot, mask=has_map)
 
 
 @triton.jit
@@ -366,10 +365,7 @@ class Plan(NamedTuple):
 
 
 MAP_BYTES = 128 * 1024
-"""Most of its maps that one program reads twice: caches must hold that for all programs which run at a time."""
-_TILE_BYTES = 16 * 1024
-_SMALL_TILE_BYTES = 8 * 1024
-_BYTES_A_THREAD = 64
+"""Most of its maps that one program reads twice: a cache must hold that for all programs which run at a time."""
 _MOST_PARTS = 256
 
 
@@ -378,28 +374,40 @@ def plan(maps: Maps, itemsize: int, tensors: int = 1, summed: bool = True) -> Pl
 
     ``tensors`` of elements of ``itemsize`` bytes are needed for the sums over the maps, if those are needed at all.
     """
-    size = itemsize * tensors
-    pixels, channels = (max(8, triton.next_power_of_2(n)) for n in (maps.pixels, maps.channels))
+    pixels, channels = (triton.next_power_of_2(n) for n in (maps.pixels, maps.channels))
+    width = maps.channels if maps.channels_innermost else maps.pixels
+    elements_a_thread, threads = 16 // tensors, 256
+    if itemsize == 8:
+        elements_a_thread //= 2
+    if width % 4:
+        # Where no vectors can be loaded each element costs a thread an address and a mask.
+        elements_a_thread, threads = elements_a_thread // 2, 128
+    tile = threads * elements_a_thread
     if maps.channels_innermost:
-        sector, line = (max(8, n // itemsize) for n in (32, 128))
-        columns = min(line, channels)
-        while summed and columns > sector and maps.pixels * columns * size > _TILE_BYTES:
-            columns //= 2
-        rows = max(1, min(triton.next_power_of_2(maps.pixels), _TILE_BYTES // (columns * size)))
-        while columns < channels and rows * columns * size < _SMALL_TILE_BYTES:
-            columns *= 2
-        tiles, map_bytes = ceil_divide(maps.pixels, rows), maps.pixels * columns * size
+        # From a cache line of channels down to a sector; bits come in eights.
+        most = max(8, min(128 // itemsize, channels))
+        least = min(most, max(8, 32 // itemsize))
+        together = [most // n for n in (1, 2, 4) if most // n >= least]
     else:
-        columns = min(pixels, _TILE_BYTES // size)
-        rows = max(1, _SMALL_TILE_BYTES // (columns * size))
-        tiles, map_bytes = ceil_divide(maps.pixels, columns), maps.pixels * size
+        together = [1]
+    in_registers = [n for n in together if pixels * n <= tile]
+    in_cache = [n for n in together if maps.pixels * n * itemsize * tensors <= MAP_BYTES]
+    if summed and not in_registers:
+        # Fewer programs at a time, so that a cache holds what they have.
+        tile *= 2
+    side = ((summed and (in_registers or in_cache)) or together)[0]
+    along = max(1 if maps.channels_innermost else 8, min(pixels, tile // side))
+    while side * along < tile and not (maps.channels_innermost and side >= channels):
+        side *= 2
+    tiles = ceil_divide(maps.pixels, along)
     if not summed:
         chunks = 1
-    elif map_bytes <= MAP_BYTES:
+    elif in_registers or in_cache:
         chunks = tiles
     else:
         chunks = max(4, triton.next_power_of_2(ceil_divide(tiles, _MOST_PARTS)))
-    num_warps = max(1, rows * columns * size // (32 * _BYTES_A_THREAD))
+    num_warps = max(1, side * along // (32 * elements_a_thread))
+    rows, columns = (along, side) if maps.channels_innermost else (side, along)
     return Plan(rows, columns, chunks, ceil_divide(tiles, chunks), num_warps)
 
 
