@@ -1,6 +1,184 @@
-def conv_center(*arguments):
-    raise NotImplementedError
+"""conv_center and its backward: which of the kernels run for a layer, and what is the library's (cuDNN's).
+
+``reference.deep_control_conv`` in one of three ways:
+
+- fused: the implicit matrix product of ``conv_forward.py``, with means that are known before it runs;
+- direct: for small groups, ``conv_direct.py``, which holds a map and centres it;
+- two passes: the library's convolution, then ``center`` in place on its output.
+
+Backward is center's on the gradient, the library's input gradient for weights times gain, and the weight gradient of
+``conv_weight_grad.py`` or, where that cannot, the library's; gain, dgain and projection follow in one pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import activations
+from .._ops import center_results, channels_innermost, conv_memory_format, memory_format
+from .center import Wanted, center_error, centre_maps, reduce_samples
+from .conv_direct import convolve_groups, why_not_direct
+from .conv_forward import MAX_ROWS, convolve
+from .conv_weight_grad import weight_grad_partials
+from .kernel_gradients import finish, finish_in_place, scale_filters
+from .launch import INTERPRETED
+from .tensors import (
+    Windows,
+    check_activation,
+    check_device,
+    check_dtype,
+    check_grad_output,
+    conv_windows,
+    dense,
+    residual_of,
+    vectors_of,
+)
+
+ALGORITHMS = ("fused", "direct", "two passes")
+_preferred: str | None = None
+
+# Of a group; with fewer a tile of the matrix product would be mostly padding.
+_LEAST_GROUP = 16
 
 
-def conv_center_backward(*arguments):
-    raise NotImplementedError
+@contextmanager
+def prefer(algorithm: str) -> Iterator[None]:
+    """One of ``ALGORITHMS`` for every layer inside that it takes, also where another one is predicted to be faster."""
+    global _preferred
+    before, _preferred = _preferred, algorithm
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def _why_no_product(input: Tensor, weight: Tensor, windows: Windows, groups: int) -> str | None:
+    """Why the layer is none for the tensor cores' matrix products, or None."""
+    format = conv_memory_format(input, weight)
+    shape = (input.shape[0], weight.shape[0], *windows.output)
+    if not channels_innermost(torch.Size(shape), format) or format is torch.contiguous_format:
+        return "the maps are not in channels_last"
+    if input.dtype == torch.float64:
+        return "tensor cores take no float64"
+    if input.dtype == torch.float32 and not INTERPRETED and torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "float32 without TF32 (torch.backends.cudnn.allow_tf32) is none for tensor cores"
+    if groups > 1 and (min(weight.shape[0] // groups, weight.shape[1]) < _LEAST_GROUP or weight.shape[0] // groups % 8):
+        return f"groups have fewer than {_LEAST_GROUP} channels or filters, or filters that are no multiple of 8"
+    if input.numel() == 0 or weight.numel() == 0:
+        return "there is nothing to compute"
+    if input.shape[0] * windows.pixels > MAX_ROWS:
+        return f"there are more than {MAX_ROWS} output pixels"
+    return None
+
+
+def _moves_more(input: Tensor, weight: Tensor, windows: Windows) -> bool:
+    """Whether the means of the input cost the fused way more bytes than centring the output in place would."""
+    samples, channels = input.shape[:2]
+    means = 2 * 4 * samples * windows.taps * channels
+    centring = 2 * samples * weight.shape[0] * windows.pixels
+    return input.numel() * input.element_size() + means > centring * input.element_size()
+
+
+def _choose(input: Tensor, weight: Tensor, windows: Windows, groups: int, centred: bool) -> tuple[str, str]:
+    """The algorithm of the forward pass, and why."""
+    no_product = _why_no_product(input, weight, windows, groups)
+    not_direct = why_not_direct(input, weight, windows, groups)
+    possible = {"fused": no_product is None, "direct": not_direct is None, "two passes": True}
+    if _preferred is not None and possible[_preferred]:
+        return _preferred, "preferred"
+    if possible["direct"]:
+        return "direct", "each program holds whole maps"
+    if not possible["fused"]:
+        return "two passes", no_product
+    if centred and _moves_more(input, weight, windows):
+        return "two passes", "means of the input would move more bytes than centring the output does"
+    return "fused", "it moves the fewest bytes"
+
+
+_WORDS = {
+    "fused": "one fused pass",
+    "direct": "one direct pass",
+    "two passes": "two passes, cuDNN's convolution and then center",
+}
+
+
+def describe(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> str:
+    """What runs forward for a centred layer, in words."""
+    algorithm, why = _choose(
+        input, weight, conv_windows(input, weight, stride, padding, dilation, groups), groups, True
+    )
+    return f"{_WORDS[algorithm]} ({why})"
+
+
+def conv_center(
+    input, weight, gain, mean_scale, constant, bias, residual, stride, padding, dilation, groups, activation, slope,
+    save,
+):  # fmt: skip
+    check_dtype(input)
+    check_activation(activation)
+    check_device(input, weight=weight)
+    windows = conv_windows(input, weight, stride, padding, dilation, groups)
+    format = conv_memory_format(input, weight)
+    vectors = vectors_of(input, weight.shape[0], gain, mean_scale, constant, bias)
+    algorithm, _ = _choose(input, weight, windows, groups, vectors.centred)
+    if algorithm == "two passes":
+        zeros = [0] * len(stride)
+        z = torch.ops.aten.convolution(dense(input), weight, None, stride, padding, dilation, False, zeros, groups)
+        z = z.contiguous(memory_format=format)
+        map_mean, saved, _ = centre_maps(z, z, format, vectors, residual, activation, slope, save, mean_of_scaled=True)
+        return z, map_mean, saved
+    x, w = (tensor.contiguous(memory_format=format) for tensor in (input, weight))
+    shape = (x.shape[0], w.shape[0], *windows.output[5 - x.dim() :])
+    residual = residual_of(residual, shape, x, format)
+    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+    _, map_mean, saved = center_results(output, format, vectors.centred, activation, save)
+    bits = saved if save and activation in activations.PIECEWISE else None
+    pre_activation = saved if save and activation in activations.SMOOTH else None
+    run = convolve if algorithm == "fused" else convolve_groups
+    run(x, w, vectors, residual, windows, groups, activation, slope, output, map_mean, bits, pre_activation)
+    return output, map_mean, saved
+
+
+def conv_center_backward(
+    grad_output, input, weight, gain, mean_scale, constant, map_mean, saved, stride, padding, dilation, groups,
+    activation, slope, projection, mask,
+):  # fmt: skip
+    wants_input, wants_weight, wants_gain, wants_mean_scale, wants_bias, wants_residual = mask
+    check_dtype(input)
+    check_device(grad_output, input=input, weight=weight)
+    windows = conv_windows(input, weight, stride, padding, dilation, groups)
+    check_grad_output(grad_output, input, weight, windows)
+    format = conv_memory_format(input, weight)
+    vectors = vectors_of(input, weight.shape[0], gain, mean_scale, constant, None)
+    through_weight = wants_weight or wants_gain
+    wanted = Wanted(wants_input or through_weight, wants_residual, wants_mean_scale or wants_bias, False)
+    error = center_error(grad_output, None, None, vectors, saved, activation, slope, format, wanted)
+    product = through_weight and _preferred != "two passes" and _why_no_product(input, weight, windows, groups) is None
+
+    grad_input = grad_weight = grad_gain = None
+    if wants_input or (through_weight and not product):
+        scaled = scale_filters(weight, vectors.gain) if wants_input and vectors.gain is not None else weight
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+            error.grad_input, dense(input), scaled, None, stride, padding, dilation, False, [0] * len(stride), groups,
+            [wants_input, through_weight and not product, False],
+        )  # fmt: skip
+    if wants_input:
+        grad_input = grad_input.contiguous(memory_format=memory_format(input))
+    factor, taken_off = (vectors.gain, projection) if wants_weight else (None, 0.0)
+    if product:
+        x = input.contiguous(memory_format=format)
+        partials = weight_grad_partials(x, error.grad_input, windows, groups)
+        grad_weight, grad_gain = finish(partials, dense(weight), factor, taken_off, wants_gain)
+    elif through_weight:
+        grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
+        grad_gain = finish_in_place(grad_weight, weight, factor, None, taken_off, wants_gain)
+    grads = reduce_samples(error, map_mean, None, vectors, False, wants_mean_scale, wants_bias)
+    if not wants_weight:
+        grad_weight = None
+    return grad_input, grad_weight, grad_gain, grads.mean_scale, grads.bias, error.grad_residual

@@ -125,7 +125,7 @@ def _weight_grad(
 
 # Below it a tap's channels do not fill the narrowest tile, so taps share tiles.
 _FEW_CHANNELS = 32
-# What partials are planned for: a tile of this many numbers, blocks for each multiprocessor, rows that are worth a block.
+# What partials are planned for: numbers of a tile, blocks of a multiprocessor, rows that are worth a block.
 _TILE, _BLOCKS, _LEAST_ROWS = 128 * 64, 2, 512
 
 

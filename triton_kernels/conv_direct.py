@@ -1,0 +1,209 @@
+"""Convolutions of few channels a group, depthwise ones above all, in a true single pass.
+
+A program holds whole maps of a sample, convolves, takes their means, and writes the finished layer
+(``reference.deep_control_conv``). No tensor cores: a depthwise convolution does two operations a tap for each number
+that it moves. Everything is channels_last: a tile is all output pixels by some filters.
+
+Moved: the input (taps overlap in the cache), residual, and the output, once each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._ops import channels_innermost, conv_memory_format
+from .activation import activate, pack_bits, passes
+from .conv_forward import geometry_constants, index_type, input_rows, seen_by
+from .division import division
+from .launch import ceil_divide, on
+from .tensors import Vectors, Windows
+
+_MOST_CHANNELS = 8  # of a group
+_MOST_PIXELS = 4096  # of a map: where one is not held, a program goes through it chunk by chunk
+# Numbers of four bytes of a thread and of a tile. Loads that are wide take fewer registers: there a map that is held may
+# have twice as many of both; where groups have channels to gather a tile has half as many.
+_NUMBERS, _LARGEST = 8, 4096
+
+
+@triton.jit
+def _sums(
+    maps, kernels, p, of_group, exists_o, channels, group_channels,
+    pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+    size_d, size_h, size_w,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The convolution at pixels p, zero where they do not exist or filters do not."""
+    _, d, h, w, row = input_rows(
+        p, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+        size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+    )  # fmt: skip
+    exists = (p < pixels)[:, None] & exists_o[None, :]
+    acc = tl.zeros(exists.shape, ACC)
+    for c in range(group_channels):
+        for line in range(KERNEL_D * KERNEL_H):
+            # A line of taps at a time is in flight.
+            for kw in tl.static_range(KERNEL_W):
+                tap = line * KERNEL_W + kw
+                inside, distance = seen_by(
+                    d, h, w, tap, size_d, size_h, size_w, KERNEL_H, KERNEL_W,
+                    PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
+                )  # fmt: skip
+                seen = (row + distance)[:, None] * channels + (of_group + c)[None, :]
+                x = tl.load(maps + seen, exists & inside[:, None], 0.0)
+                k = tl.load(kernels + tap * group_channels + c, exists_o, 0.0)
+                acc += x.to(ACC) * k.to(ACC)[None, :]
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, sample, p, o, exists_o, scale, shift, offset, residual, output, bits, pre_activation,
+    filters, pixels, INDEX: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """From sums at pixels p to what is stored."""
+    COLUMNS: tl.constexpr = acc.shape[1]
+    exists_p = p < pixels
+    exists = exists_p[:, None] & exists_o[None, :]
+    acc = (acc - shift[None, :]) * scale[None, :] + offset[None, :]
+    row = (sample * pixels + p).to(INDEX)[:, None]
+    at = row * filters + o[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, exists, 0.0).to(acc.dtype)
+    if pre_activation is not None:
+        tl.store(pre_activation + at, acc.to(pre_activation.dtype.element_ty), exists)
+    tl.store(output + at, activate(acc, ACTIVATION, SLOPE).to(output.dtype.element_ty), exists)
+    if bits is not None:
+        eighth = tl.program_id(0) % tl.cdiv(filters, COLUMNS) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+        row_bytes = tl.cdiv(filters, 8)
+        packed = pack_bits(passes(acc, ACTIVATION) & exists_o[None, :])
+        tl.store(bits + row * row_bytes + eighth[None, :], packed, exists_p[:, None] & (eighth < row_bytes)[None, :])
+
+
+@triton.jit
+def _convolve_groups(
+    input, weight, gain, mean_scale, bias, residual, output, map_mean, bits, pre_activation,
+    channels, filters, group_channels, group_filters,
+    pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+    size_d, size_h, size_w,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
+    sample = tl.program_id(0) // tl.cdiv(filters, COLUMNS)
+    o = tl.program_id(0) % tl.cdiv(filters, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    exists_o = o < filters
+    maps = input + (sample * (size_d * size_h * size_w)).to(INDEX) * channels
+    kernels = weight + o * (TAPS * group_channels)
+    of_group = o // group_filters * group_channels
+    scale, offset = tl.full((COLUMNS,), 1.0, ACC), tl.zeros((COLUMNS,), ACC)
+    if gain is not None:
+        scale = tl.load(gain + o, exists_o, 0.0)
+    if bias is not None:
+        offset = tl.load(bias + o, exists_o, 0.0)
+    total = tl.zeros((COLUMNS,), ACC)
+    if HELD:
+        p = tl.arange(0, ROWS)
+        acc = _sums(
+            maps, kernels, p, of_group, exists_o, channels, group_channels,
+            pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+            size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
+            PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
+        )  # fmt: skip
+        total = tl.sum(acc, 0)
+    elif map_mean is not None:
+        for begin in range(0, pixels, ROWS):
+            p = begin + tl.arange(0, ROWS)
+            acc = _sums(
+                maps, kernels, p, of_group, exists_o, channels, group_channels,
+                pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+                size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
+                PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
+            )  # fmt: skip
+            total += tl.sum(acc, 0)
+    shift = tl.zeros((COLUMNS,), ACC)
+    if map_mean is not None:
+        shift = total / pixels.to(ACC)
+        tl.store(map_mean + sample.to(tl.int64) * filters + o, shift * scale, exists_o)
+        if mean_scale is not None:
+            shift *= tl.load(mean_scale + o, exists_o, 0.0)
+    if HELD:
+        _finish(
+            acc, sample, p, o, exists_o, scale, shift, offset, residual, output, bits, pre_activation,
+            filters, pixels, INDEX, ACTIVATION, SLOPE,
+        )  # fmt: skip
+    else:
+        # What the cache still has is convolved again: that is less than to write sums and read them back.
+        for begin in range(0, pixels, ROWS):
+            p = begin + tl.arange(0, ROWS)
+            acc = _sums(
+                maps, kernels, p, of_group, exists_o, channels, group_channels,
+                pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
+                size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
+                PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
+            )  # fmt: skip
+            _finish(
+                acc, sample, p, o, exists_o, scale, shift, offset, residual, output, bits, pre_activation,
+                filters, pixels, INDEX, ACTIVATION, SLOPE,
+            )  # fmt: skip
+
+
+def why_not_direct(input: Tensor, weight: Tensor, windows: Windows, groups: int) -> str | None:
+    """Why a layer is none for ``convolve_groups``, or None."""
+    format = conv_memory_format(input, weight)
+    shape = torch.Size((input.shape[0], weight.shape[0], *windows.output))
+    if groups == 1 or weight.shape[1] > _MOST_CHANNELS:
+        return f"groups have more than {_MOST_CHANNELS} channels"
+    if not channels_innermost(shape, format) or format is torch.contiguous_format:
+        return "the maps are not in channels_last"
+    if windows.pixels > _MOST_PIXELS:
+        return f"a map of the output has more than {_MOST_PIXELS} pixels"
+    if input.numel() == 0:
+        return "there is nothing to compute"
+    return None
+
+
+def tile(pixels: int, filters: int, group_channels: int, itemsize: int) -> tuple[int, int, int]:
+    """(ROWS, COLUMNS, warps) for maps of so many pixels: rows of 64 bytes, all pixels where they can be held."""
+    words = max(4, itemsize) // 4
+    columns = max(8, min(64 // itemsize, triton.next_power_of_2(filters)))
+    rows, wide = triton.next_power_of_2(pixels), group_channels == 1
+    largest, numbers = (2 * _LARGEST, 2 * _NUMBERS) if wide else (_LARGEST // 2, _NUMBERS)
+    if rows * columns * words > largest:
+        largest, numbers = min(_LARGEST, largest), _NUMBERS
+        rows = largest // (columns * words)
+    return rows, columns, max(1, rows * columns * words // (numbers * 32))
+
+
+def convolve_groups(
+    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, windows: Windows, groups: int,
+    activation: str, slope: float, output: Tensor, map_mean: Tensor, bits: Tensor | None, pre_activation: Tensor | None,
+) -> None:  # fmt: skip
+    """As ``conv_forward.convolve``, for what ``why_not_direct`` has nothing against; float64 too."""
+    samples, channels = x.shape[:2]
+    filters, group_channels = weight.shape[:2]
+    plane, width = windows.output[1] * windows.output[2], windows.output[2]
+    rows, columns, warps = tile(windows.pixels, filters, group_channels, x.element_size())
+    with on(x):
+        _convolve_groups[(samples * ceil_divide(filters, columns),)](
+            x, weight, vectors.gain, vectors.mean_scale, vectors.bias, residual, output,
+            map_mean if vectors.centred else None, bits, pre_activation,
+            channels, filters, group_channels, filters // groups,
+            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
+            *windows.size,
+            **geometry_constants(windows),
+            INDEX=index_type(x, output), ACTIVATION=activation, SLOPE=slope,
+            HELD=windows.pixels <= rows, ROWS=rows, COLUMNS=columns,
+            num_warps=warps,
+        )  # fmt: skip
