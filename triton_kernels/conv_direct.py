@@ -23,8 +23,8 @@ from .tensors import Vectors, Windows
 
 _MOST_CHANNELS = 8  # of a group
 _MOST_PIXELS = 4096  # of a map: where one is not held, a program goes through it chunk by chunk
-# Numbers of four bytes of a thread and of a tile. Loads that are wide take fewer registers: there a map that is held may
-# have twice as many of both; where groups have channels to gather a tile has half as many.
+# Numbers of four bytes of a thread and of a tile. Wide loads take fewer registers, so with them a map that is held may
+# have twice as many of both; where groups have channels to gather, a tile has half as many.
 _NUMBERS, _LARGEST = 8, 4096
 
 

@@ -189,3 +189,24 @@ def windows_of(
     if min(output) <= 0:
         raise ValueError(f"input: got shape {list(input.shape)}, which leaves an empty output")
     return Windows(size, output, kernel, strides, paddings, dilations)
+
+
+def conv_windows(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Windows:
+    """The geometry of a convolution; raises where the weight (O, C / groups, *kernel) does not fit the input."""
+    fits = weight.dim() == input.dim() >= 3 and groups >= 1
+    if not fits or weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups:
+        raise ValueError(f"weight: got shape {list(weight.shape)} for input {list(input.shape)} and {groups} groups")
+    if weight.dtype != input.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, wanted {input.dtype} as input is")
+    return windows_of(input, weight.shape[2:], stride, padding, dilation)
+
+
+def check_grad_output(grad_output: Tensor, input: Tensor, weight: Tensor, windows: Windows) -> None:
+    """Raises unless ``grad_output`` belongs to the output of a convolution."""
+    wanted = [input.shape[0], weight.shape[0], *windows.output[5 - input.dim() :]]
+    if list(grad_output.shape) != wanted:
+        raise ValueError(f"grad_output: got shape {list(grad_output.shape)}, wanted the output's, {wanted}")
+    if grad_output.dtype != input.dtype:
+        raise TypeError(f"grad_output: got dtype {grad_output.dtype}, wanted {input.dtype}")
