@@ -235,7 +235,8 @@ def call_everything(ops: Ops) -> None:
             ops.conv(shape, BF16)
         # And elsewhere the best of them, as far as one can count.
         tuning._TRIED = 1
-        for shape in SETS["resnet50_all"]:
+        strided = Shape(128, 128, 3, 56, stride=2), Shape(256, 512, 1, 56, stride=2), Shape(2048, 512, 1, 7)
+        for shape in (*SETS["resnet50"], *strided):
             ops.conv(shape, BF16)
         for shape in (small, wide, image):
             ops.conv(shape, F32)
@@ -251,7 +252,7 @@ def call_everything(ops: Ops) -> None:
         gradients = [maps((o, c, k, k), dtype) for o, c, k, count in RESNET50_KERNELS for _ in range(count)]
         ops.project_kernel_gradients_(gradients, 0.9)
         for gradient in gradients:
-            ops.finish_weight_grad_(gradient, gradient, vectors(gradient)[0], None, 0.9)
+            ops.finish_weight_grad_(gradient, gradient, vectors(gradient.transpose(0, 1))[0], None, 0.9)
 
 
 def compile_one(compilation: Compilation, compile: Callable[..., object], folder: Path) -> Kernel:
