@@ -366,6 +366,8 @@ class Plan(NamedTuple):
 
 MAP_BYTES = 128 * 1024
 """Most of its maps that one program reads twice: a cache must hold that for all programs which run at a time."""
+THREADS = 256
+"""Of a program that has all of its maps in registers; of others twice as many."""
 _MOST_PARTS = 256
 
 
@@ -376,12 +378,12 @@ def plan(maps: Maps, itemsize: int, tensors: int = 1, summed: bool = True) -> Pl
     """
     pixels, channels = (triton.next_power_of_2(n) for n in (maps.pixels, maps.channels))
     width = maps.channels if maps.channels_innermost else maps.pixels
-    elements_a_thread, threads = 16 // tensors, 256
+    elements_a_thread, threads = 16 // tensors, THREADS
     if itemsize == 8:
         elements_a_thread //= 2
     if width % 4:
         # Where no vectors can be loaded each element costs a thread an address and a mask.
-        elements_a_thread, threads = elements_a_thread // 2, 128
+        elements_a_thread, threads = elements_a_thread // 2, THREADS // 2
     tile = threads * elements_a_thread
     if maps.channels_innermost:
         # From a cache line of channels down to a sector; bits come in eights.
