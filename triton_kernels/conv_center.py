@@ -22,7 +22,7 @@ from .. import activations
 from .._ops import center_results, channels_innermost, conv_memory_format, memory_format
 from .center import Wanted, center_error, centre_maps, reduce_samples
 from .conv_direct import convolve_groups, why_not_direct
-from .conv_forward import MAX_ROWS, convolve
+from .conv_forward import MAX_ROWS, MAX_TAPS, convolve
 from .conv_weight_grad import weight_grad_partials
 from .kernel_gradients import finish, finish_in_place, scale_filters
 from .launch import INTERPRETED
@@ -70,6 +70,8 @@ def _why_no_product(input: Tensor, weight: Tensor, windows: Windows, groups: int
         return f"groups have fewer than {_LEAST_GROUP} channels or filters, or filters that are no multiple of 8"
     if input.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
+    if windows.taps > MAX_TAPS:
+        return f"the kernel has more than {MAX_TAPS} taps"
     if input.shape[0] * windows.pixels > MAX_ROWS:
         return f"there are more than {MAX_ROWS} output pixels"
     return None

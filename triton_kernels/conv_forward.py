@@ -24,8 +24,8 @@ from .tensors import Vectors, Windows
 from .tuning import Product, forward_configs, tuned
 from .window_mean import window_means
 
-# The 32-bit indices of rows must hold the last tile's too.
-MAX_ROWS = 2**31 - 2**16
+# The 32-bit indices of rows must hold the last tile's too, and one word a bit for each tap.
+MAX_ROWS, MAX_TAPS = 2**31 - 2**16, 64
 
 
 @triton.jit
@@ -114,6 +114,26 @@ def seen_by(
     if PADDING_W > 0:
         inside &= (w + kw >= 0) & (w + kw < size_w)
     return inside, (kd * size_h + kh) * size_w + kw
+
+
+@triton.jit
+def _taps_on_input(
+    d, h, w, size_d, size_h, size_w,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """The taps of a kernel whose first tap is at d, h, w that lie on the input, one bit each."""
+    line, plane, all = tl.zeros(w.shape, WORD), tl.zeros(w.shape, WORD), tl.zeros(w.shape, WORD)
+    for k in tl.static_range(KERNEL_W):
+        x = w + k * DILATION_W
+        line |= ((x >= 0) & (x < size_w)).to(WORD) << k
+    for k in tl.static_range(KERNEL_H):
+        y = h + k * DILATION_H
+        plane |= tl.where((y >= 0) & (y < size_h), line << (k * KERNEL_W), 0)
+    for k in tl.static_range(KERNEL_D):
+        z = d + k * DILATION_D
+        all |= tl.where((z >= 0) & (z < size_d), plane << (k * KERNEL_H * KERNEL_W), 0)
+    return all
 
 
 @triton.jit
@@ -230,18 +250,20 @@ def _convolve(
     else:
         chunks = tl.cdiv(group_channels, BLOCK_K)
         PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
+        WORD: tl.constexpr = tl.int32 if TAPS <= 32 else tl.int64
+        if PADDED:
+            on_input = _taps_on_input(
+                d, h, w, size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+                WORD,
+            )  # fmt: skip
         for step in range(0, TAPS * chunks):
             tap = step // chunks
             c = step % chunks * BLOCK_K + k
             exists = c < group_channels
-            if POINTWISE:
-                ahead = c
-            else:
-                inside, distance = seen_by(
-                    d, h, w, tap, size_d, size_h, size_w, KERNEL_H, KERNEL_W,
-                    PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
-                )  # fmt: skip
-                ahead = distance * channels + c
+            kd, kh, kw = tap // (KERNEL_H * KERNEL_W), tap // KERNEL_W % KERNEL_H, tap % KERNEL_W
+            ahead = ((kd * DILATION_D * size_h + kh * DILATION_H) * size_w + kw * DILATION_W) * channels + c
+            if PADDED:
+                inside = (on_input & (tl.full((), 1, WORD) << tap)) != 0
             if EVEN_K and not PADDED:
                 a = tl.load(inputs + ahead[None, :])
             elif EVEN_K:
