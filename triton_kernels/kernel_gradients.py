@@ -20,37 +20,55 @@ from torch import Tensor
 
 from .._ops import accumulation, memory_format
 from . import tensors
-from .launch import INTERPRETED, ceil_divide, on
+from .launch import ceil_divide, on
 
 _TILE = 4096
-"""Elements that a program has in registers at a time."""
-_MOST_TAPS = 1024
+"""Elements of a gradient that a program has in registers at a time, half as many where it adds up splits."""
+_MOST_TAPS = 512
 _TABLES = 64
 """Tables of gradients that are kept on devices."""
 
 
 @triton.jit
-def _added(source, tap, channel, splits, split_stride, channels, T: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr,
-           SUM: tl.constexpr):  # fmt: skip
-    """The sum of the splits in fixed order, taps down and channels across."""
-    tile = source + _offsets(tap, channel, channels, T, CHANNELS_INNERMOST)
-    inside = (tap < T)[:, None] & (channel < channels)[None, :]
-    sums = tl.load(tile, inside, 0.0).to(SUM)
-    for _ in tl.range(1, splits, loop_unroll_factor=4):
-        tile += split_stride
-        sums += tl.load(tile, inside, 0.0).to(SUM)
-    return sums
+def _offsets(rows, columns, stride, VECTOR: tl.constexpr):
+    """rows * stride + columns, known to count on over VECTOR columns from a multiple of VECTOR on."""
+    offsets = columns[None, :] + rows[:, None] * stride
+    # What is said of a function's argument is lost when it is inlined, so it is said here.
+    if VECTOR > 1:
+        return tl.multiple_of(tl.max_contiguous(offsets, (1, VECTOR)), (1, VECTOR))
+    else:
+        return offsets
 
 
 @triton.jit
-def _offsets(tap, channel, channels, taps, CHANNELS_INNERMOST: tl.constexpr):
+def _of_filter(first, tap, channel, channels, taps, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets into the filter that begins at ``first``, taps down and channels across."""
     if CHANNELS_INNERMOST:
-        return tap[:, None] * channels + channel[None, :]
+        return _offsets(tap, first + channel, channels, VECTOR)
     else:
-        return channel[None, :] * taps + tap[:, None]
+        return _offsets(tap, first + channel * taps, 1, 1)
 
 
-@triton.jit(do_not_specialize=("splits", "split_stride", "channels"))
+@triton.jit
+def _inside(row, column, rows, columns, VECTOR: tl.constexpr):
+    """Known to be the same for VECTOR columns, of which the columns are a multiple."""
+    return tl.max_constancy((row < rows)[:, None] & (column < columns)[None, :], (1, VECTOR))
+
+
+@triton.jit
+def _added(source, first, tap, channel, inside, channels, splits, split_stride, T: tl.constexpr,
+           CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """The sum of the splits, in fixed order."""
+    offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
+    sums = tl.load(source + offsets, inside, 0.0).to(SUM)
+    for _ in tl.range(1, splits, loop_unroll_factor=4):
+        first += split_stride
+        offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
+        sums += tl.load(source + offsets, inside, 0.0).to(SUM)
+    return sums
+
+
+@triton.jit(do_not_specialize=("split_stride", "channels"))
 def finish_filter(
     source, target, weight, factor, divisor, dgain, projection: tl.float64, splits, split_stride, channels,
     T: tl.constexpr, PROJECT: tl.constexpr, SOURCE_INNERMOST: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr,
@@ -63,35 +81,34 @@ def finish_filter(
     """
     SUM: tl.constexpr = tl.float64 if target.dtype.element_ty == tl.float64 else tl.float32
     filter = tl.program_id(0).to(tl.int64)
-    channels = tl.multiple_of(channels, VECTOR)
-    split_stride = tl.multiple_of(split_stride, VECTOR)
-    source += filter * T * channels
-    target += filter * T * channels
+    start = filter * T * channels
+    # The number is not to make the rest float64.
     scale = tl.full((), 1.0, SUM)
+    mean = (scale * projection / T).to(SUM)
     if factor is not None:
         scale = tl.load(factor + filter)
     if dgain is not None:
-        weight += filter * T * channels
         dots = tl.zeros((CHANNELS,), SUM)
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
-        shift = tl.zeros((CHANNELS,), SUM)
+        sums = tl.zeros((CHANNELS,), SUM)
         if T > TAPS and PROJECT:
             for first_tap in range(0, T, TAPS):
                 tap = first_tap + tl.arange(0, TAPS)
-                grads = _added(source, tap, channel, splits, split_stride, channels, T, SOURCE_INNERMOST, SUM)
-                shift += tl.sum(grads, 0)
-            shift = (shift * scale / T * projection).to(SUM)
+                inside = _inside(tap, channel, T, channels, VECTOR)
+                sums += tl.sum(_added(source, start, tap, channel, inside, channels, splits, split_stride, T,
+                                       SOURCE_INNERMOST, VECTOR, SUM), 0)  # fmt: skip
         for first_tap in range(0, T, TAPS):
             tap = first_tap + tl.arange(0, TAPS)
-            grads = _added(source, tap, channel, splits, split_stride, channels, T, SOURCE_INNERMOST, SUM)
-            tile = _offsets(tap, channel, channels, T, CHANNELS_INNERMOST)
-            inside = (tap < T)[:, None] & (channel < channels)[None, :]
+            inside = _inside(tap, channel, T, channels, VECTOR)
+            grads = _added(source, start, tap, channel, inside, channels, splits, split_stride, T, SOURCE_INNERMOST,
+                           VECTOR, SUM)  # fmt: skip
+            offsets = _of_filter(start, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
             if dgain is not None:
-                dots += tl.sum(grads * tl.load(weight + tile, inside, 0.0).to(SUM), 0)
+                dots += tl.sum(grads * tl.load(weight + offsets, inside, 0.0).to(SUM), 0)
             if T <= TAPS and PROJECT:
-                shift = (tl.sum(grads, 0) * scale / T * projection).to(SUM)
-            tl.store(target + tile, grads * scale - shift[None, :], inside)
+                sums = tl.sum(grads, 0)
+            tl.store(target + offsets, (grads - (sums * mean)[None, :]) * scale, inside)
     if dgain is not None:
         dot = tl.sum(dots, 0)
         if divisor is not None:
@@ -102,52 +119,45 @@ def finish_filter(
 @triton.jit(do_not_specialize=("rows", "length"))
 def scale_rows(weight, gain, scaled, rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """scaled = gain * weight, (rows, length); gain (rows). VECTOR divides the length."""
-    length = tl.multiple_of(length, VECTOR)
     blocks = tl.cdiv(length, BLOCK)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    tile = row.to(tl.int64)[:, None] * length + column[None, :]
-    inside = (row < rows)[:, None] & (column < length)[None, :]
+    offsets = _offsets(row.to(tl.int64), column, length, VECTOR)
+    inside = _inside(row, column, rows, length, VECTOR)
     gains = tl.load(gain + row, row < rows, 0.0)[:, None]
-    tl.store(scaled + tile, tl.load(weight + tile, inside, 0.0).to(gains.dtype) * gains, inside)
+    tl.store(scaled + offsets, tl.load(weight + offsets, inside, 0.0).to(gains.dtype) * gains, inside)
 
 
 @triton.jit
-def _project_tile(
-    gradient, first, kernels, channels, taps, projection,
-    TAPS: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
-    KERNELS: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """In place on KERNELS kernels of a gradient, which lie beside each other; of all its filters, they count through."""
+def _project_tile(gradient, first, kernels, channels, taps, projection, VARIANT: tl.constexpr, KERNELS: tl.constexpr,
+                  SUM: tl.constexpr):  # fmt: skip
+    """In place on KERNELS of a gradient's kernels, which count on from filter to filter."""
+    TAPS: tl.constexpr = VARIANT[0]
+    CHANNELS_INNERMOST: tl.constexpr = VARIANT[1]
+    VECTOR: tl.constexpr = VARIANT[2]
+    WHOLE: tl.constexpr = VARIANT[3]
+    mean = (tl.full((), 1.0, SUM) * projection / taps).to(SUM)
     kernel = first + tl.arange(0, KERNELS)
     if CHANNELS_INNERMOST:
-        channels = tl.multiple_of(channels, VECTOR)
-        kernels = tl.multiple_of(kernels, VECTOR)
         stride = channels
         start = kernel.to(tl.int64) + (kernel // channels).to(tl.int64) * ((taps - 1) * channels)
-        # A vector lies in one filter.
-        start = tl.max_contiguous(tl.multiple_of(start, VECTOR), VECTOR)
     else:
-        taps = tl.multiple_of(taps, VECTOR)
         stride = 1
         start = kernel.to(tl.int64) * taps
-    tap = tl.arange(0, TAPS)[:, None]
-    tile = gradient + (start[None, :] + tap * stride)
-    inside = (kernel < kernels)[None, :]
-    if WHOLE:
-        inside &= tap < taps
-        grads = tl.load(tile, inside, 0.0).to(SUM)
-        shift = (tl.sum(grads, 0) / taps * projection).to(SUM)
-        tl.store(tile, grads - shift[None, :], inside)
-    else:
-        sums = tl.zeros((KERNELS,), SUM)
+    sums = tl.zeros((KERNELS,), SUM)
+    if not WHOLE:
         for first_tap in range(0, taps, TAPS):
-            sums += tl.sum(tl.load(tile + first_tap * stride, inside & (first_tap + tap < taps), 0.0).to(SUM), 0)
-        shift = (sums / taps * projection).to(SUM)
-        for first_tap in range(0, taps, TAPS):
-            within = inside & (first_tap + tap < taps)
-            grads = tl.load(tile + first_tap * stride, within, 0.0).to(SUM)
-            tl.store(tile + first_tap * stride, grads - shift[None, :], within)
+            tap = first_tap + tl.arange(0, TAPS)
+            pointers = gradient + _offsets(tap, start, stride, VECTOR)
+            sums += tl.sum(tl.load(pointers, _inside(tap, kernel, taps, kernels, VECTOR), 0.0).to(SUM), 0)
+    for first_tap in range(0, TAPS if WHOLE else taps, TAPS):
+        tap = first_tap + tl.arange(0, TAPS)
+        pointers = gradient + _offsets(tap, start, stride, VECTOR)
+        inside = _inside(tap, kernel, taps, kernels, VECTOR)
+        grads = tl.load(pointers, inside, 0.0).to(SUM)
+        if WHOLE:
+            sums = tl.sum(grads, 0)
+        tl.store(pointers, grads - (sums * mean)[None, :], inside)
 
 
 @triton.jit
@@ -157,35 +167,33 @@ def project_tiles(
 ):  # fmt: skip
     """In place on one tile of the gradient that the program is for.
 
-    table (6, COUNT): the first program of each gradient, its address, kernels, channels, taps and which of VARIANTS.
+    table (6, COUNT): the first program of each gradient, its address, kernels, channels, taps, and which of VARIANTS,
+    (taps of a tile, whether channels are innermost, VECTOR, whether a tile holds whole kernels), it is.
     """
     SUM: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     program = tl.program_id(0)
     first_programs = tl.load(table + tl.arange(0, COUNT))
     entry = table + (tl.sum((first_programs <= program).to(tl.int32), 0) - 1)
     place = (program - tl.load(entry)).to(tl.int32)
-    address = tl.load(entry + COUNT)
+    gradient = tl.load(entry + COUNT).to(tl.pointer_type(DTYPE))
     kernels = tl.load(entry + 2 * COUNT).to(tl.int32)
     channels = tl.load(entry + 3 * COUNT).to(tl.int32)
     taps = tl.load(entry + 4 * COUNT).to(tl.int32)
     variant = tl.load(entry + 5 * COUNT)
     for i in tl.static_range(len(VARIANTS)):
-        TAPS: tl.constexpr = VARIANTS[i][0]
-        VECTOR: tl.constexpr = VARIANTS[i][2]
-        KERNELS: tl.constexpr = TILE // TAPS
         if variant == i:
-            gradient = address.to(tl.pointer_type(DTYPE))
-            if VECTOR > 1:
+            if VARIANTS[i][2] > 1:
                 gradient = tl.multiple_of(gradient, 16)
-            _project_tile(gradient, place * KERNELS, kernels, channels, taps, projection, TAPS, VARIANTS[i][1], VECTOR,
-                          VARIANTS[i][3], KERNELS, SUM)  # fmt: skip
+            _project_tile(gradient, place * (TILE // VARIANTS[i][0]), kernels, channels, taps, projection, VARIANTS[i],
+                          TILE // VARIANTS[i][0], SUM)  # fmt: skip
 
 
 def _vector(row: int, *operands: Tensor | None) -> int:
     """Elements of 16 bytes of the narrowest operand if all are aligned to them and rows are made of them, else 1."""
     given = [tensor for tensor in operands if tensor is not None]
     elements = 16 // min(tensor.element_size() for tensor in given)
-    return elements if row % elements == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in given) else 1
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in given)
+    return elements if aligned and row % elements == 0 else 1
 
 
 def _innermost(weight: Tensor) -> bool:
@@ -206,14 +214,14 @@ def _finish(
     dgain = None if weight is None else target.new_empty((filters,), dtype=accumulation(target))
     innermost = _innermost(target)
     tap_block = min(_MOST_TAPS, triton.next_power_of_2(taps))
-    block = min(_TILE // tap_block, triton.next_power_of_2(channels))
+    block = min(_TILE // 2 // tap_block, triton.next_power_of_2(channels))
     with on(target):
         finish_filter[filters,](
             source, target, weight, factor, divisor, dgain, projection, splits, target.numel(), channels,
             T=taps, PROJECT=projection != 0.0 and taps > 1, SOURCE_INNERMOST=source_innermost,
             CHANNELS_INNERMOST=innermost, TAPS=tap_block, CHANNELS=block,
             VECTOR=_vector(channels, source, target, weight),
-            num_warps=max(1, min(8, tap_block * block // 512)),
+            num_warps=max(1, min(8, tap_block * block // 256)),
         )  # fmt: skip
     return dgain
 
@@ -324,7 +332,7 @@ def _project(gradients: Sequence[Tensor], weight: float) -> None:
     for gradient in gradients:
         channels, taps, innermost = gradient.shape[1], _taps(gradient), _innermost(gradient)
         block = min(_MOST_TAPS, triton.next_power_of_2(taps))
-        variant = (block, innermost, _vector(channels if innermost else taps, gradient), taps <= block)
+        variant = (block, innermost, _vector(channels, gradient) if innermost else 1, taps <= block)
         kernels = gradient.shape[0] * channels
         number = variants.setdefault(variant, len(variants))
         entries.append((programs, gradient.data_ptr(), kernels, channels, taps, number))
