@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._ops import channels_innermost, conv_memory_format
+from . import geometry
 from .activation import activate, pack_bits, passes
-from .conv_forward import geometry_constants, index_type, input_rows, seen_by
-from .division import division
+from .geometry import first_seen, seen_by
 from .launch import ceil_divide, on
 from .tensors import Vectors, Windows
 
@@ -40,9 +40,9 @@ def _sums(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The convolution at pixels p, zero where they do not exist or filters do not."""
-    _, d, h, w, row = input_rows(
+    d, h, w, row = first_seen(
         p, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
-        size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+        size_d, size_h, size_w, KERNEL_D, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
     )  # fmt: skip
     exists = (p < pixels)[:, None] & exists_o[None, :]
     acc = tl.zeros(exists.shape, ACC)
@@ -193,17 +193,15 @@ def convolve_groups(
     """As ``conv_forward.convolve``, for what ``why_not_direct`` has nothing against; float64 too."""
     samples, channels = x.shape[:2]
     filters, group_channels = weight.shape[:2]
-    plane, width = windows.output[1] * windows.output[2], windows.output[2]
     rows, columns, warps = tile(windows.pixels, filters, group_channels, x.element_size())
     with on(x):
         _convolve_groups[(samples * ceil_divide(filters, columns),)](
             x, weight, vectors.gain, vectors.mean_scale, vectors.bias, residual, output,
             map_mean if vectors.centred else None, bits, pre_activation,
             channels, filters, group_channels, filters // groups,
-            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
-            *windows.size,
-            **geometry_constants(windows),
-            INDEX=index_type(x, output), ACTIVATION=activation, SLOPE=slope,
+            *geometry.numbers(windows),
+            **geometry.constants(windows),
+            INDEX=geometry.index_type(x, output), ACTIVATION=activation, SLOPE=slope,
             HELD=windows.pixels <= rows, ROWS=rows, COLUMNS=columns,
             num_warps=warps,
         )  # fmt: skip

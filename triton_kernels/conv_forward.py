@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import geometry
 from .activation import activate, pack_bits, passes
-from .division import divide, division
+from .division import divide
+from .geometry import first_seen, load, seen_by, taps_inside
 from .launch import ceil_divide, on
 from .tensors import Vectors, Windows
 from .tuning import Product, forward_configs, tuned
@@ -71,69 +73,6 @@ def _mean_of_maps(
     inside = inside_n[:, None] & inside_o[None, :]
     tl.store(map_mean + at, sums, inside)
     tl.store(beta + at, shift, inside)
-
-
-@triton.jit
-def input_rows(
-    m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
-    size_d, size_h, size_w,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
-):  # fmt: skip
-    """Of output pixels m: the sample, the input pixel that the first tap sees as d, h, w (which may be outside), and
-    its row in the input; ``plane`` and ``width`` are of the output."""
-    n = divide(m, pixels_by, pixels_shift)
-    rest = m - n * pixels
-    d = divide(rest, plane_by, plane_shift)
-    rest -= d * plane
-    h = divide(rest, width_by, width_shift)
-    w = rest - h * width
-    d = d * STRIDE_D - PADDING_D
-    h = h * STRIDE_H - PADDING_H
-    w = w * STRIDE_W - PADDING_W
-    return n, d, h, w, ((n * size_d + d) * size_h + h) * size_w + w
-
-
-@triton.jit
-def seen_by(
-    d, h, w, tap, size_d, size_h, size_w,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
-    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-):  # fmt: skip
-    """Whether a tap of a kernel whose first tap is at d, h, w lies on the input, and its distance in rows."""
-    kd = tap // (KERNEL_H * KERNEL_W) * DILATION_D
-    kh = tap // KERNEL_W % KERNEL_H * DILATION_H
-    kw = tap % KERNEL_W * DILATION_W
-    # Without padding every tap of every output pixel lies on the input.
-    inside = tl.full(w.shape, True, tl.int1)
-    if PADDING_D > 0:
-        inside &= (d + kd >= 0) & (d + kd < size_d)
-    if PADDING_H > 0:
-        inside &= (h + kh >= 0) & (h + kh < size_h)
-    if PADDING_W > 0:
-        inside &= (w + kw >= 0) & (w + kw < size_w)
-    return inside, (kd * size_h + kh) * size_w + kw
-
-
-@triton.jit
-def _taps_on_input(
-    d, h, w, size_d, size_h, size_w,
-    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WORD: tl.constexpr,
-):  # fmt: skip
-    """The taps of a kernel whose first tap is at d, h, w that lie on the input, one bit each."""
-    line, plane, all = tl.zeros(w.shape, WORD), tl.zeros(w.shape, WORD), tl.zeros(w.shape, WORD)
-    for k in tl.static_range(KERNEL_W):
-        x = w + k * DILATION_W
-        line |= ((x >= 0) & (x < size_w)).to(WORD) << k
-    for k in tl.static_range(KERNEL_H):
-        y = h + k * DILATION_H
-        plane |= tl.where((y >= 0) & (y < size_h), line << (k * KERNEL_W), 0)
-    for k in tl.static_range(KERNEL_D):
-        z = d + k * DILATION_D
-        all |= tl.where((z >= 0) & (z < size_d), plane << (k * KERNEL_H * KERNEL_W), 0)
-    return all
 
 
 @triton.jit
@@ -223,59 +162,52 @@ def _convolve(
     o = first_filter + tl.arange(0, BLOCK_N)
     # Rows and columns that do not exist are loaded as the last ones and not stored.
     seen_m, seen_o = tl.minimum(m, rows - 1), tl.minimum(o, group_filters - 1)
+    n = divide(seen_m, pixels_by, pixels_shift)
     if POINTWISE:
         row = seen_m
-        n = divide(seen_m, pixels_by, pixels_shift)
     else:
-        n, d, h, w, row = input_rows(
+        d, h, w, row = first_seen(
             seen_m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
-            size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+            size_d, size_h, size_w, KERNEL_D, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
         )  # fmt: skip
     inputs = input + row.to(INDEX)[:, None] * channels + group * group_channels
     weights = weight + (group * group_filters + seen_o).to(INDEX)[None, :] * (TAPS * group_channels)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k = tl.arange(0, BLOCK_K)
+    PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
     if FEW_CHANNELS:
         for first in range(0, TAPS * group_channels, BLOCK_K):
             flat = first + k
-            tap, c = flat // group_channels, flat % group_channels
-            inside, distance = seen_by(
-                d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w, KERNEL_H, KERNEL_W,
-                PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
-            )  # fmt: skip
             exists = flat < TAPS * group_channels
-            a = tl.load(inputs + (distance * channels + c[None, :]), inside & exists[None, :], 0.0)
+            inside, distance = seen_by(
+                d[:, None], h[:, None], w[:, None], flat[None, :] // group_channels, size_d, size_h, size_w,
+                KERNEL_H, KERNEL_W, PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
+            )  # fmt: skip
+            ahead = distance * channels + flat[None, :] % group_channels
+            a = tl.load(inputs + ahead, inside & exists[None, :], 0.0)
             b = tl.load(weights + flat[:, None], exists[:, None], 0.0)
             acc = tl.dot(a, b, acc)
     else:
         chunks = tl.cdiv(group_channels, BLOCK_K)
-        PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
         WORD: tl.constexpr = tl.int32 if TAPS <= 32 else tl.int64
         if PADDED:
-            on_input = _taps_on_input(
-                d, h, w, size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
-                WORD,
+            on_input = taps_inside(
+                d, h, w, size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W,
+                PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, WORD,
             )  # fmt: skip
         for step in range(0, TAPS * chunks):
             tap = step // chunks
             c = step % chunks * BLOCK_K + k
-            exists = c < group_channels
             kd, kh, kw = tap // (KERNEL_H * KERNEL_W), tap // KERNEL_W % KERNEL_H, tap % KERNEL_W
             ahead = ((kd * DILATION_D * size_h + kh * DILATION_H) * size_w + kw * DILATION_W) * channels + c
+            exists = tl.full((BLOCK_K,), True, tl.int1)
+            if not EVEN_K:
+                exists = c < group_channels
+            inside = tl.full((BLOCK_M,), True, tl.int1)
             if PADDED:
                 inside = (on_input & (tl.full((), 1, WORD) << tap)) != 0
-            if EVEN_K and not PADDED:
-                a = tl.load(inputs + ahead[None, :])
-            elif EVEN_K:
-                a = tl.load(inputs + ahead[None, :], inside[:, None], 0.0)
-            elif not PADDED:
-                a = tl.load(inputs + ahead[None, :], exists[None, :], 0.0)
-            else:
-                a = tl.load(inputs + ahead[None, :], inside[:, None] & exists[None, :], 0.0)
-            if EVEN_K:
-                b = tl.load(weights + (tap * group_channels + c)[:, None])
-            else:
-                b = tl.load(weights + (tap * group_channels + c)[:, None], exists[:, None], 0.0)
+            a = load(inputs + ahead[None, :], inside[:, None] & exists[None, :], PADDED or not EVEN_K)
+            b = load(weights + (tap * group_channels + c)[:, None], exists[:, None], not EVEN_K)
             acc = tl.dot(a, b, acc)
 
     # A part of the columns at a time, so that registers hold what is added to the accumulators beside them.
@@ -313,7 +245,6 @@ def convolve(
     filters, group_channels = weight.shape[:2]
     group_filters = filters // groups
     rows = samples * windows.pixels
-    plane, width = windows.output[1] * windows.output[2], windows.output[2]
     beta = None
     with on(x):
         if vectors.centred:
@@ -334,28 +265,11 @@ def convolve(
         ](
             x, weight, vectors.gain, beta, vectors.bias, residual, output, bits, pre_activation,
             rows, channels, group_channels, group_filters,
-            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
-            *windows.size,
+            *geometry.numbers(windows),
             ROWS_LOG2=rows.bit_length(),
-            **geometry_constants(windows),
+            **geometry.constants(windows),
             POINTWISE=windows.is_pointwise,
             FEW_CHANNELS=group_channels < _FEW_CHANNELS and not windows.is_pointwise,
-            INDEX=index_type(x, output),
+            INDEX=geometry.index_type(x, output),
             ACTIVATION=activation, SLOPE=slope,
         )  # fmt: skip
-
-
-def index_type(*tensors: Tensor) -> tl.dtype:
-    """Of elements of the largest tensor."""
-    return tl.int64 if max(tensor.numel() for tensor in tensors) >= 2**31 else tl.int32
-
-
-def geometry_constants(windows: Windows) -> dict[str, int]:
-    """The constants of a kernel that tell what its taps see."""
-    fields = {
-        "KERNEL": windows.kernel,
-        "STRIDE": windows.stride,
-        "PADDING": windows.padding,
-        "DILATION": windows.dilation,
-    }
-    return {f"{name}_{axis}": value for name, values in fields.items() for axis, value in zip("DHW", values)}

@@ -16,22 +16,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import geometry_constants, index_type, input_rows, seen_by
-from .division import division
+from . import geometry
+from .geometry import first_seen, load, seen_by
 from .launch import INTERPRETED, ceil_divide, device_of, on
 from .tensors import Windows
 from .tuning import Product, tuned, weight_grad_configs
 
 
+def _taps(arguments: dict) -> int:
+    return arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
+
+
+def _columns(arguments: dict) -> int:
+    return arguments["group_channels"] * (_taps(arguments) if arguments["FEW_CHANNELS"] else 1)
+
+
 def _product(arguments: dict) -> Product:
-    taps = arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
-    channels = arguments["group_channels"]
+    taps_apart = 1 if arguments["FEW_CHANNELS"] else _taps(arguments)
     return Product(
         rows=arguments["group_filters"],
-        columns=taps * channels if arguments["FEW_CHANNELS"] else channels,
+        columns=_columns(arguments),
         runs=1,
         length=arguments["rows_of_split"],
-        count=arguments["splits"] * (1 if arguments["FEW_CHANNELS"] else taps) * arguments["groups"],
+        count=arguments["splits"] * taps_apart * arguments["groups"],
         itemsize=arguments["input"].element_size(),
         gathers=arguments["FEW_CHANNELS"],
         across=True,
@@ -42,6 +49,14 @@ def _product(arguments: dict) -> Product:
     weight_grad_configs(),
     ["ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W"],
     _product,
+)
+@triton.heuristics(
+    {
+        "EVEN_M": lambda arguments: arguments["group_filters"] % arguments["BLOCK_M"] == 0,
+        "EVEN_N": lambda arguments: _columns(arguments) % arguments["BLOCK_N"] == 0,
+        # Splits begin at multiples of the largest block.
+        "EVEN_K": lambda arguments: arguments["rows"] % arguments["BLOCK_K"] == 0,
+    }
 )
 @triton.jit
 def _weight_grad(
@@ -56,6 +71,7 @@ def _weight_grad(
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
@@ -81,6 +97,11 @@ def _weight_grad(
     group = program % groups
     split = program // groups
     exists_o = o < group_filters
+    loaded_o, loaded_c = tl.full((BLOCK_M,), True, tl.int1), tl.full((BLOCK_N,), True, tl.int1)
+    if not EVEN_M:
+        loaded_o = exists_o
+    if not EVEN_N:
+        loaded_c = exists_c
     filters = groups * group_filters
     grads = grad + group * group_filters + o[:, None]
     inputs = input + group * group_channels + c[None, :]
@@ -89,31 +110,33 @@ def _weight_grad(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_K):
         m = first + tl.arange(0, BLOCK_K)
-        exists = m < end
-        a = tl.load(grads + m.to(INDEX)[None, :] * filters, exists_o[:, None] & exists[None, :], 0.0)
+        exists = tl.full((BLOCK_K,), True, tl.int1)
+        if not EVEN_K:
+            exists = m < end
+        a = load(grads + m.to(INDEX)[None, :] * filters, loaded_o[:, None] & exists[None, :], not (EVEN_M and EVEN_K))
+        loaded = exists[:, None] & loaded_c[None, :]
         if POINTWISE:
-            b = tl.load(inputs + m.to(INDEX)[:, None] * channels, exists[:, None] & exists_c[None, :], 0.0)
+            row = m[:, None]
         else:
-            _, d, h, w, row = input_rows(
+            d, h, w, row = first_seen(
                 m, pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
-                size_d, size_h, size_w, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
+                size_d, size_h, size_w, KERNEL_D, STRIDE_D, STRIDE_H, STRIDE_W, PADDING_D, PADDING_H, PADDING_W,
             )  # fmt: skip
             if FEW_CHANNELS:
                 inside, distance = seen_by(
                     d[:, None], h[:, None], w[:, None], tap[None, :], size_d, size_h, size_w, KERNEL_H, KERNEL_W,
                     PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
                 )  # fmt: skip
-                seen = row[:, None] + distance
+                loaded &= inside
+                row = row[:, None] + distance
             else:
                 inside, distance = seen_by(
                     d, h, w, tap, size_d, size_h, size_w, KERNEL_H, KERNEL_W,
                     PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W,
                 )  # fmt: skip
-                inside, seen = inside[:, None], (row + distance)[:, None]
-            loaded = exists[:, None] & exists_c[None, :]
-            if PADDED:
-                loaded &= inside
-            b = tl.load(inputs + seen.to(INDEX) * channels, loaded, 0.0)
+                loaded &= inside[:, None]
+                row = (row + distance)[:, None]
+        b = load(inputs + row.to(INDEX) * channels, loaded, PADDED or not (EVEN_N and EVEN_K))
         acc = tl.dot(a, b, acc)
     if FEW_CHANNELS:
         place = column
@@ -141,7 +164,6 @@ def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int)
     rows = samples * windows.pixels
     splits, rows_of_split = _split(rows, filters * windows.taps * group_channels, device_of(x).processors)
     partials = x.new_empty((splits, filters, windows.taps, group_channels), dtype=torch.float32)
-    plane, width = windows.output[1] * windows.output[2], windows.output[2]
     few = group_channels < _FEW_CHANNELS and not windows.is_pointwise
 
     def grid(blocks: dict) -> tuple[int]:
@@ -153,11 +175,10 @@ def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int)
         _weight_grad[grid](
             x, grad, partials,
             rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
-            windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width),
-            *windows.size,
+            *geometry.numbers(windows),
             ROWS_LOG2=rows.bit_length(),
-            **geometry_constants(windows),
-            POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=index_type(x, grad),
+            **geometry.constants(windows),
+            POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=geometry.index_type(x, grad),
         )  # fmt: skip
     return partials
 
@@ -165,7 +186,9 @@ def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int)
 def _split(rows: int, numbers: int, processors: int) -> tuple[int, int]:
     """How many programs share the rows of one tile, and the rows of each, where the gradient has ``numbers``."""
     if INTERPRETED:
-        return (2, ceil_divide(rows, 2)) if rows > 1 else (1, rows)
+        # Two splits where there are rows for two blocks.
+        rows_of_split = ceil_divide(ceil_divide(rows, 2), 16) * 16
+        return ceil_divide(rows, rows_of_split), rows_of_split
     wanted = ceil_divide(_BLOCKS * processors, ceil_divide(numbers, _TILE))
     splits = max(1, min(wanted, rows // _LEAST_ROWS))
     # Whole blocks of rows, and no split without any.
