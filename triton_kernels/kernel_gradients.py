@@ -3,8 +3,8 @@
     dw = project(gain * dw'),  dgain = sum(weight * dw'),  project(g) = g - projection * mean over the taps of g
 
 A weight gradient is finished while its partial sums are added up: ``partials + weight + dw`` bytes, and without dgain
-not those of the weight. ``project_kernel_gradients_`` reads and writes each gradient once, all of a model in one
-launch. A kernel that is too long for a tile is read twice.
+not those of the weight. ``project_kernel_gradients_`` reads and writes each gradient once, all of a model that make
+the same tiles in one launch. A kernel that is too long for a tile is read twice.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def finish_filter(
     start = filter * T * channels
     # The number is not to make the rest float64.
     scale = tl.full((), 1.0, SUM)
-    mean = (scale * projection / T).to(SUM)
+    mean = (scale * projection).to(SUM) / T
     if factor is not None:
         scale = tl.load(factor + filter)
     if dgain is not None:
@@ -129,14 +129,26 @@ def scale_rows(weight, gain, scaled, rows, length, ROWS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _project_tile(gradient, first, kernels, channels, taps, projection, VARIANT: tl.constexpr, KERNELS: tl.constexpr,
-                  SUM: tl.constexpr):  # fmt: skip
-    """In place on KERNELS of a gradient's kernels, which count on from filter to filter."""
-    TAPS: tl.constexpr = VARIANT[0]
-    CHANNELS_INNERMOST: tl.constexpr = VARIANT[1]
-    VECTOR: tl.constexpr = VARIANT[2]
-    WHOLE: tl.constexpr = VARIANT[3]
-    mean = (tl.full((), 1.0, SUM) * projection / taps).to(SUM)
+def project_tiles(
+    table, projection: tl.float64, COUNT: tl.constexpr, DTYPE: tl.constexpr, TAPS: tl.constexpr,
+    KERNELS: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """In place on KERNELS of a gradient's kernels, which count on from filter to filter.
+
+    table (5, COUNT): the first program of each gradient, its address, kernels, channels and taps. WHOLE kernels have at
+    most TAPS taps.
+    """
+    SUM: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    first_programs = tl.load(table + tl.arange(0, COUNT))
+    entry = table + (tl.sum((first_programs <= tl.program_id(0)).to(tl.int32), 0) - 1)
+    first = (tl.program_id(0) - tl.load(entry)).to(tl.int32) * KERNELS
+    gradient = tl.load(entry + COUNT).to(tl.pointer_type(DTYPE))
+    if VECTOR > 1:
+        gradient = tl.multiple_of(gradient, 16)
+    kernels = tl.load(entry + 2 * COUNT).to(tl.int32)
+    channels = tl.load(entry + 3 * COUNT).to(tl.int32)
+    taps = tl.load(entry + 4 * COUNT).to(tl.int32)
+    mean = (tl.full((), 1.0, SUM) * projection).to(SUM) / taps
     kernel = first + tl.arange(0, KERNELS)
     if CHANNELS_INNERMOST:
         stride = channels
@@ -158,34 +170,6 @@ def _project_tile(gradient, first, kernels, channels, taps, projection, VARIANT:
         if WHOLE:
             sums = tl.sum(grads, 0)
         tl.store(pointers, grads - (sums * mean)[None, :], inside)
-
-
-@triton.jit
-def project_tiles(
-    table, projection: tl.float64, COUNT: tl.constexpr, VARIANTS: tl.constexpr, TILE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """In place on one tile of the gradient that the program is for.
-
-    table (6, COUNT): the first program of each gradient, its address, kernels, channels, taps, and which of VARIANTS,
-    (taps of a tile, whether channels are innermost, VECTOR, whether a tile holds whole kernels), it is.
-    """
-    SUM: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    program = tl.program_id(0)
-    first_programs = tl.load(table + tl.arange(0, COUNT))
-    entry = table + (tl.sum((first_programs <= program).to(tl.int32), 0) - 1)
-    place = (program - tl.load(entry)).to(tl.int32)
-    gradient = tl.load(entry + COUNT).to(tl.pointer_type(DTYPE))
-    kernels = tl.load(entry + 2 * COUNT).to(tl.int32)
-    channels = tl.load(entry + 3 * COUNT).to(tl.int32)
-    taps = tl.load(entry + 4 * COUNT).to(tl.int32)
-    variant = tl.load(entry + 5 * COUNT)
-    for i in tl.static_range(len(VARIANTS)):
-        if variant == i:
-            if VARIANTS[i][2] > 1:
-                gradient = tl.multiple_of(gradient, 16)
-            _project_tile(gradient, place * (TILE // VARIANTS[i][0]), kernels, channels, taps, projection, VARIANTS[i],
-                          TILE // VARIANTS[i][0], SUM)  # fmt: skip
 
 
 def _vector(row: int, *operands: Tensor | None) -> int:
@@ -236,16 +220,14 @@ def finish(
     grad_weight = torch.empty_like(weight)
     if weight.numel() == 0:
         return grad_weight, weight.new_zeros((weight.shape[0],), dtype=accumulation(weight)) if dots else None
-    dgain = _finish(
-        partials, partials.shape[0], True, grad_weight, weight if dots else None, gain, None, projection
-    )  # fmt: skip
-    return grad_weight, dgain
+    dense_weight = weight if dots else None
+    return grad_weight, _finish(partials, partials.shape[0], True, grad_weight, dense_weight, gain, None, projection)
 
 
 def finish_in_place(
     grad: Tensor, weight: Tensor, factor: Tensor | None, divisor: Tensor | None, projection: float, dots: bool
 ) -> Tensor | None:
-    """``grad = project(factor * grad)``, dense; returns ``sum(weight * grad / divisor)`` (O,) if ``dots``, else None."""
+    """``grad = project(factor * grad)``, dense; returns ``sum(weight * grad / divisor)`` (O,) if ``dots``."""
     if grad.numel() == 0:
         return grad.new_zeros((grad.shape[0],), dtype=accumulation(grad)) if dots else None
     if not dots and factor is None and (projection == 0.0 or _taps(grad) == 1):
@@ -325,25 +307,36 @@ def _on_device(rows: tuple[tuple[int, ...], ...], like: Tensor) -> Tensor:
     return sent.table
 
 
-def _project(gradients: Sequence[Tensor], weight: float) -> None:
+class _Tile(NamedTuple):
+    """What is compiled for; gradients that are alike in it share a launch."""
+
+    taps: int
+    channels_innermost: bool
+    vector: int
+    whole: bool
+
+
+def _tile_of(gradient: Tensor) -> _Tile:
+    innermost, taps = _innermost(gradient), _taps(gradient)
+    block = min(_MOST_TAPS, triton.next_power_of_2(taps))
+    return _Tile(block, innermost, _vector(gradient.shape[1], gradient) if innermost else 1, taps <= block)
+
+
+def _project(gradients: Sequence[Tensor], tile: _Tile, weight: float) -> None:
     """In one launch, of dense gradients of one dtype on one device."""
-    variants: dict[tuple[int, bool, int, bool], int] = {}
-    entries, programs = [], 0
+    entries, programs, per_program = [], 0, _TILE // tile.taps
     for gradient in gradients:
-        channels, taps, innermost = gradient.shape[1], _taps(gradient), _innermost(gradient)
-        block = min(_MOST_TAPS, triton.next_power_of_2(taps))
-        variant = (block, innermost, _vector(channels, gradient) if innermost else 1, taps <= block)
-        kernels = gradient.shape[0] * channels
-        number = variants.setdefault(variant, len(variants))
-        entries.append((programs, gradient.data_ptr(), kernels, channels, taps, number))
-        programs += ceil_divide(kernels, _TILE // block)
+        kernels = gradient.shape[0] * gradient.shape[1]
+        entries.append((programs, gradient.data_ptr(), kernels, gradient.shape[1], _taps(gradient)))
+        programs += ceil_divide(kernels, per_program)
     count = triton.next_power_of_2(len(entries))
-    entries += [(2**62, 0, 0, 0, 0, 0)] * (count - len(entries))
+    entries += [(programs, 0, 0, 0, 0)] * (count - len(entries))
     first = gradients[0]
     with on(first):
         project_tiles[programs,](
-            _on_device(tuple(zip(*entries)), first), weight, COUNT=count, VARIANTS=tuple(variants), TILE=_TILE,
-            DTYPE=_TRITON[first.dtype], num_warps=8,
+            _on_device(tuple(zip(*entries)), first), weight, COUNT=count, DTYPE=_TRITON[first.dtype], TAPS=tile.taps,
+            KERNELS=per_program, CHANNELS_INNERMOST=tile.channels_innermost, VECTOR=tile.vector, WHOLE=tile.whole,
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -363,9 +356,11 @@ def project_kernel_gradients_(gradients: Sequence[Tensor], weight: float) -> Non
         # The same gradient again waits for the launch that changes it.
         place = dense_gradients[-1].data_ptr()
         times[place] = times.get(place, 0) + 1
-        launches.setdefault((gradient.device, gradient.dtype, times[place]), []).append(dense_gradients[-1])
-    for alike in launches.values():
-        _project(alike, weight)
+        tile = _tile_of(dense_gradients[-1])
+        alike = launches.setdefault((gradient.device, gradient.dtype, tile, times[place]), [])
+        alike.append(dense_gradients[-1])
+    for (*_, tile, _), alike in launches.items():
+        _project(alike, tile, weight)
     for gradient, projected in zip(changed, dense_gradients):
         if projected is not gradient:
             gradient.copy_(projected)

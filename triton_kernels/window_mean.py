@@ -117,8 +117,9 @@ def sum_windows(
         sums = tl.zeros((SLICES, TAPS, CHANNELS), SUM)
     for start in range(first, last, SLICES * PIXELS):
         if ALL_TAPS == 1:
-            seen = _sees(start + place, tap, pixels, width, width_multiplier, width_shift, height, height_multiplier,
-                         height_shift, reach_depth, reach_height, reach_width, KERNEL, STRIDE, PADDING, DILATION)  # fmt: skip
+            seen = _sees(start + place, tap, pixels,
+                         width, width_multiplier, width_shift, height, height_multiplier, height_shift,
+                         reach_depth, reach_height, reach_width, KERNEL, STRIDE, PADDING, DILATION)  # fmt: skip
             sums += tl.load(tile + start * step, seen & (channel < channels), 0.0).to(SUM)
         else:
             values = tl.load(tile + start * step, (start + place < pixels) & (channel < channels), 0.0)
