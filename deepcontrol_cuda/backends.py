@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, proven
+from . import _ops, measured, proven
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 """``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels; ``triton``
@@ -200,8 +200,11 @@ def _checked(name: str, origin: str) -> str:
 _preferred: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
 _warned = False
 _proofs: dict[tuple[str, str, str, str, str], proven.Proof] | None = None
-# What was decided for (device index, op, dtype, layout).
-_choices: dict[tuple[int, str, torch.dtype, str], str] = {}
+_times: tuple[measured.Time, ...] | None = None
+# Of a convolution: the weight's shape, stride and groups.
+_Layer = tuple[tuple[int, ...], tuple[int, ...], int]
+# What was decided for (device index, op, dtype, layout, layer).
+_choices: dict[tuple[int, str, torch.dtype, str, _Layer | None], str] = {}
 
 
 def available() -> dict[str, str | None]:
@@ -224,16 +227,24 @@ def use(name: str | None) -> Iterator[None]:
         _preferred = before
 
 
-def choose(input: Tensor, requested: str | None = None, op: str = "conv_center", weight: Tensor | None = None) -> str:
+def choose(
+    input: Tensor,
+    requested: str | None = None,
+    op: str = "conv_center",
+    weight: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+) -> str:
     """The backend that a call on ``input`` gets.
 
     A backend asked for, by argument, ``use`` or DEEPCONTROL_BACKEND, is returned or refused with ``RuntimeError``. Else
-    a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor "cuda" or else "triton", whichever has kernels
-    for this dtype and layout that are proven on GPUs of this compute capability.
+    a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor one of "cuda" and "triton" that has kernels
+    for this dtype and layout that are proven on GPUs of this compute capability: the faster one where ``make gpu`` has
+    timed the layer by both, else the first.
 
     Args:
         op: "center", "conv_center" or "project_kernel_gradients_".
         weight: of the convolution; where it is channels_last, so is the output.
+        stride: of the convolution, one integer for each spatial dimension or one for all.
     """
     name = requested if requested is not None else _preferred
     device = input.device
@@ -241,7 +252,7 @@ def choose(input: Tensor, requested: str | None = None, op: str = "conv_center",
         if device.type == "cpu":
             return _automatic_on_cpu()
         if device.type == "cuda":
-            return _automatic_on_gpu(device.index, op, input.dtype, _layout(input, weight))
+            return _automatic_on_gpu(*_key(input, op, weight, stride))
         return "reference"
     _checked(name, "backend")
     if name == "reference":
@@ -280,12 +291,42 @@ def _obstacle(name: str, index: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str) -> str:
-    key = (index, op, dtype, layout)
+def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str, layer: _Layer | None) -> str:
+    key = (index, op, dtype, layout, layer)
     if key not in _choices:
-        proven_ones = (name for name in _ON_GPUS if _why_not_chosen(name, index, op, dtype, layout) is None)
-        _choices[key] = next(proven_ones, "reference")
+        able = [name for name in _ON_GPUS if _why_not_chosen(name, index, op, dtype, layout) is None]
+        time = _fastest(able, *key)
+        _choices[key] = time.backend if time else able[0] if able else "reference"
     return _choices[key]
+
+
+def _key(
+    input: Tensor, op: str, weight: Tensor | None, stride: Sequence[int]
+) -> tuple[int, str, torch.dtype, str, _Layer | None]:
+    layer = None
+    if weight is not None:
+        layer = (tuple(weight.shape), _each(stride, input), input.shape[1] // weight.shape[1])
+    return input.device.index, op, input.dtype, _layout(input, weight), layer
+
+
+def _each(values: Sequence[int], input: Tensor) -> tuple[int, ...]:
+    """One for each spatial dimension."""
+    return tuple(values) * (input.dim() - 2) if len(values) == 1 else tuple(values)
+
+
+def _fastest(
+    names: Sequence[str], index: int, op: str, dtype: torch.dtype, layout: str, layer: _Layer | None
+) -> measured.Time | None:
+    """The least time of a layer where more than one backend can run it and each of them was timed."""
+    global _times
+    if layer is None or len(names) < 2:
+        return None
+    if _times is None:
+        _times = measured.read_or_warn(measured.FILE)
+    (filters, channels, *kernel), stride, groups = layer
+    text = measured.layer(kernel, channels * groups, filters, stride, groups)
+    place = (_dotted(_gpu(index).capability), str(dtype).removeprefix("torch."), layout, text)
+    return measured.fastest(_times, place, names)
 
 
 def _why_not_chosen(name: str, index: int, op: str, dtype: torch.dtype, layout: str) -> str | None:
@@ -332,17 +373,16 @@ def explain(
     Args:
         stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
     """
-    name = choose(input, requested, op, weight)
-    why = _why(name, input, requested, op, weight)
+    name = choose(input, requested, op, weight, stride)
+    why = _why(name, input, requested, op, weight, stride)
     detail = ""
     if name in _compiled:
-        rank = input.dim() - 2
-        each = tuple(tuple(v) * rank if len(v) == 1 else tuple(v) for v in (stride, padding, dilation))
+        each = (_each(values, input) for values in (stride, padding, dilation))
         detail = _compiled[name].describe(op, input, weight, (*each, groups))
     return f"{name}, {detail}: {why}" if detail else f"{name}: {why}"
 
 
-def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tensor | None) -> str:
+def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tensor | None, stride: Sequence[int]) -> str:
     asked = None
     if requested is not None:
         asked = "asked for by the call"
@@ -350,12 +390,15 @@ def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tenso
         asked = f"asked for by backends.use or {_VARIABLE}"
     device = input.device
     if device.type == "cuda" and (asked is None or name in _ON_GPUS):
-        key = (device.index, op, input.dtype, _layout(input, weight))
-        if name in _ON_GPUS:
-            found = str(_proof(name, *key))
-        else:
-            found = "; ".join(f"{backend}: {_why_not_chosen(backend, *key)}" for backend in _ON_GPUS)
-        return found if asked is None else f"{asked}; {found}"
+        *key, layer = _key(input, op, weight, stride)
+        obstacles = {backend: _why_not_chosen(backend, *key) for backend in _ON_GPUS}
+        if name not in _ON_GPUS:
+            return "; ".join(f"{backend}: {reason}" for backend, reason in obstacles.items())
+        found = str(_proof(name, *key))
+        if asked is not None:
+            return f"{asked}; {found}"
+        time = _fastest([backend for backend, reason in obstacles.items() if reason is None], *key, layer)
+        return found if time is None else f"{found}; the fastest that {time.result} has for this layer"
     if asked is not None:
         return asked
     if device.type == "cpu":

@@ -95,7 +95,7 @@ def _deep_control_conv(
     input, padding = _resolve_padding(input, weight, padding, stride, dilation, rank)
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
-    backend = backends.choose(input, backend, "conv_center", weight)
+    backend = backends.choose(input, backend, "conv_center", weight, stride)
     if backend == "reference":
         return reference.deep_control_conv(
             input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,

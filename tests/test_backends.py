@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import _ops, autograd, backends, proven
+from deepcontrol_cuda import _ops, autograd, backends, measured, proven
 
 X = torch.ones(1, 2, 3, 3)
 
@@ -234,6 +234,50 @@ def test_triton_is_chosen_where_cuda_is_not_proven(machine):
     assert backends.choose(on_gpu()) == "reference"
 
 
+def test_the_faster_of_two_proven_backends_is_chosen(machine, monkeypatch, tmp_path):
+    """Where both were timed at this layer, whatever the size of its maps."""
+    digest = backends._compiled["triton"].kernels()
+    of_triton = [dataclasses.replace(proof, backend="triton", kernels=digest) for proof in proofs(*OPS)]
+    table = tmp_path / "measured.json"
+    monkeypatch.setattr(measured, "FILE", table)
+
+    def times(**seconds):
+        layer = measured.layer((3, 3), 8, 16, (2, 2), 1)
+        place = ("9.0", "bfloat16", "channels_last", layer)
+        measured.write(
+            [measured.Time(*place, name, value, "NVIDIA H100", "x.json") for name, value in seconds.items()], table
+        )
+        monkeypatch.setattr(backends, "_times", None)
+        machine(table=[*of_triton, *proofs(*OPS)])
+
+    x, w = on_gpu(), on_gpu(shape=(16, 8, 3, 3))
+    times(cuda=2.0, triton=1.0)
+    assert backends.choose(x, weight=w, stride=(2, 2)) == backends.choose(x, weight=w, stride=(2,)) == "triton"
+    text = backends.explain(x, weight=w, stride=(2,))
+    assert text.endswith("2026-01-31; the fastest that x.json has for this layer")
+    assert backends.choose(x, weight=w) == backends.choose(x, op="center") == "cuda"
+    times(cuda=1.0, triton=2.0)
+    assert backends.choose(x, weight=w, stride=(2,)) == "cuda"
+    times(triton=1.0)
+    assert backends.choose(x, weight=w, stride=(2,)) == "cuda"
+    times(cuda=2.0, triton=1.0)
+    machine(table=proofs(*OPS))
+    assert backends.choose(x, weight=w, stride=(2,)) == "cuda"
+    machine(table=[*of_triton, *proofs(*OPS)])
+    monkeypatch.setattr(backends, "_times", None)
+    table.write_text("{")
+    with pytest.warns(UserWarning, match="without knowing their times.*measured.json"):
+        assert backends.choose(x, weight=w, stride=(2,)) == "cuda"
+
+
+def test_a_table_of_times_reads_as_it_was_written(tmp_path):
+    place = ("9.0", "bfloat16", "channels_last", measured.layer((3, 3), 8, 16, (2, 2), 1))
+    table = [measured.Time(*place, name, 1.5, "NVIDIA H100", "x.json") for name in ("cuda", "triton")]
+    measured.write(reversed(table), tmp_path / "table.json")
+    assert list(measured.read(tmp_path / "table.json")) == table
+    measured.read(measured.FILE)
+
+
 @pytest.mark.parametrize(
     ("version", "words"),
     [
@@ -326,7 +370,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
     def choose(input, requested=None, op="conv_center", weight=None):
         if requested == "cpu":
             return "reference" if backends._obstacle("cpu", None) else "cpu"
-        name = backends._automatic_on_gpu(0, op, input.dtype, backends._layout(input, weight))
+        name = backends._automatic_on_gpu(0, op, input.dtype, backends._layout(input, weight), None)
         return "cpu" if name == "cuda" else "reference"
 
     monkeypatch.setattr(backends, "choose", choose)

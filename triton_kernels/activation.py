@@ -30,7 +30,7 @@ def activate(pre, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def passes(pre, ACTIVATION: tl.constexpr):
-    """Where the derivative of relu, leaky_relu or relu6 is one. A NaN lets the gradient of relu through and no other's."""
+    """Where the derivative of relu, leaky_relu or relu6 is one; a NaN lets the gradient of relu alone through."""
     if ACTIVATION == "relu":
         return (pre <= 0) == 0
     elif ACTIVATION == "relu6":

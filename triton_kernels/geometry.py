@@ -14,7 +14,7 @@ from .tensors import Windows
 
 
 def numbers(windows: Windows) -> tuple[int, ...]:
-    """``pixels`` of the output map, ``plane`` and ``width``, each with what it is divided by, and sizes of the input."""
+    """``pixels``, ``plane`` and ``width`` of the output, each with what it is divided by, and sizes of the input."""
     plane, width = windows.output[1] * windows.output[2], windows.output[2]
     return (
         windows.pixels, *division(windows.pixels), plane, *division(plane), width, *division(width), *windows.size,
