@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 
 from deepcontrol_cuda import backends
 
-from . import gpu, memory, overhead, peers, record, report, runner
+from . import gpu, memory, overhead, peers, predict, record, report, runner
 from .cases import SETS
 from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
 
@@ -24,6 +25,8 @@ _RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 for success, 1 for a failure that was explained, 2 for bad usage."""
     options = _parser().parse_args(arguments)
+    if options.run is _predict:
+        return _predict(options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output):
@@ -73,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = command("overhead", _overhead, "time one tiny layer: Python's and the dispatcher's share", LAYOUTS[:1])
     tiny.add_argument("--repeats", type=_repeats, default=2000, help="default: 2000")
+
+    help = "print what layers should take on an H100: counted from bytes and operations, not measured"
+    counted = commands.add_parser("predict", help=help, description=help)
+    counted.add_argument("--set", choices=SETS, default="resnet50_all", help="shapes (default: resnet50_all)")
+    counted.add_argument("--batch", type=_positive, default=predict.BATCH, help=f"default: {predict.BATCH}")
+    counted.set_defaults(run=_predict)
 
     help = "test, check and time the kernels on this machine's GPU, and write down which of them are proven"
     proof = commands.add_parser("gpu", help=help, description=help)
@@ -190,6 +199,13 @@ def _overhead(options: argparse.Namespace) -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        return _fail("predict asks the Triton kernels what they would do; install triton: pip install 'triton>=3.5'")
+    print(predict.table(SETS[options.set], options.batch))
+    return 0
 
 
 def _gpu(options: argparse.Namespace) -> int:

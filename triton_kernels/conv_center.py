@@ -86,7 +86,6 @@ def _moves_more(input: Tensor, weight: Tensor, windows: Windows) -> bool:
 
 
 def _choose(input: Tensor, weight: Tensor, windows: Windows, groups: int, centred: bool) -> tuple[str, str]:
-    """The algorithm of the forward pass, and why."""
     no_product = _why_no_product(input, weight, windows, groups)
     not_direct = why_not_direct(input, weight, windows, groups)
     possible = {"fused": no_product is None, "direct": not_direct is None, "two passes": True}
@@ -101,6 +100,14 @@ def _choose(input: Tensor, weight: Tensor, windows: Windows, groups: int, centre
     return "fused", "it moves the fewest bytes"
 
 
+def algorithm(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[str, str]:
+    """The one of ``ALGORITHMS`` that the forward pass of a centred layer takes, and why."""
+    windows = conv_windows(input, weight, stride, padding, dilation, groups)
+    return _choose(input, weight, windows, groups, centred=True)
+
+
 _WORDS = {
     "fused": "one fused pass",
     "direct": "one direct pass",
@@ -108,14 +115,10 @@ _WORDS = {
 }
 
 
-def describe(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> str:
-    """What runs forward for a centred layer, in words."""
-    algorithm, why = _choose(
-        input, weight, conv_windows(input, weight, stride, padding, dilation, groups), groups, True
-    )
-    return f"{_WORDS[algorithm]} ({why})"
+def describe(input: Tensor, weight: Tensor, *geometry: Sequence[int] | int) -> str:
+    """``algorithm`` in words."""
+    chosen, why = algorithm(input, weight, *geometry)
+    return f"{_WORDS[chosen]} ({why})"
 
 
 def conv_center(
@@ -128,8 +131,8 @@ def conv_center(
     windows = conv_windows(input, weight, stride, padding, dilation, groups)
     format = conv_memory_format(input, weight)
     vectors = vectors_of(input, weight.shape[0], gain, mean_scale, constant, bias)
-    algorithm, _ = _choose(input, weight, windows, groups, vectors.centred)
-    if algorithm == "two passes":
+    chosen, _ = _choose(input, weight, windows, groups, vectors.centred)
+    if chosen == "two passes":
         zeros = [0] * len(stride)
         z = torch.ops.aten.convolution(dense(input), weight, None, stride, padding, dilation, False, zeros, groups)
         z = z.contiguous(memory_format=format)
@@ -142,7 +145,7 @@ def conv_center(
     _, map_mean, saved = center_results(output, format, vectors.centred, activation, save)
     bits = saved if save and activation in activations.PIECEWISE else None
     pre_activation = saved if save and activation in activations.SMOOTH else None
-    run = convolve if algorithm == "fused" else convolve_groups
+    run = convolve if chosen == "fused" else convolve_groups
     run(x, w, vectors, residual, windows, groups, activation, slope, output, map_mean, bits, pre_activation)
     return output, map_mean, saved
 

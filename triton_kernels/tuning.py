@@ -123,7 +123,7 @@ def _fits(config: triton.Config, product: Product, device: Device) -> bool:
     threads = 32 * config.num_warps
     if m * n // threads > (64 if product.itemsize == 4 or product.gathers else 128):
         return False
-    if product.gathers and max(m, n) * k // threads > 32:
+    if product.gathers and max(m, n) * k * product.itemsize // threads > 64:
         return False
     # wgmma takes only 16-bit operands across; others would be turned number by number on their way.
     if product.across and product.itemsize == 4 and device.capability >= 90 and m >= 64 and config.num_warps >= 4:
