@@ -22,7 +22,7 @@ def test_bytes_and_operations_of_a_layer():
     layer = predict.predict(Shape(16, 32, 1, 4), batch=2, ceilings=memory)
     assert layer.convolution == x + w + z
     assert layer.two_passes == x + w + 3 * z + z / 16
-    assert layer.fused == 2 * x + w + z + z / 16 + 2 * 4 * 2 * 16
+    assert layer.fused == 2 * x + w + z + z / 16 + 2 * 4 * 2 * 16 + w
     assert layer.chosen == "fused"
     assert layer.ours == layer.fused
 
@@ -32,6 +32,7 @@ def test_bytes_and_operations_of_a_layer():
     [
         (Shape(64, 256, 1, 56), "fused"),
         (Shape(64, 64, 3, 56), "fused"),
+        (Shape(512, 512, 3, 7), "two passes"),
         (Shape(256, 64, 1, 56), "two passes"),
         (Shape(128, 128, 3, 56, stride=2), "two passes"),
         (Shape(144, 144, 3, 56, groups=144), "direct"),

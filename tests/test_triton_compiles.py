@@ -31,11 +31,16 @@ def check(kernels: list[dict], describe: Callable[[dict], str | None]) -> None:
     """``describe`` says what is wrong with a kernel, if anything."""
     assert kernels
     wrong = [
-        f"{kernel['name']} {kernel['constants']} for {kernel['call']}: {text}"
+        f"{kernel['name']} {_tile(kernel['constants'])} for {kernel['call']}: {text}"
         for kernel in kernels
         if (text := describe(kernel))
     ]
     assert not wrong, "\n".join(["", *wrong])
+
+
+def _tile(constants: dict) -> str:
+    geometry = ("KERNEL", "STRIDE", "PADDING", "DILATION")
+    return ", ".join(f"{name}={value}" for name, value in constants.items() if not name.startswith(geometry))
 
 
 def test_every_kernel_is_compiled(compiled):
@@ -64,11 +69,12 @@ def test_no_sum_depends_on_the_order_of_threads(compiled):
 
 
 def test_products_run_on_tensor_cores(compiled, capability):
-    """Those of the newer GPUs multiply 64 rows at least, and of 32 bits no operand that would have to be transposed."""
+    """Those of newer GPUs need four warps and 64 rows, and transpose no operand of 32 bits."""
 
     def describe(kernel):
-        rows = kernel["constants"]["BLOCK_M"]
-        newer = capability >= 90 and rows >= 64 and (kernel["name"] == "_convolve" or "16" in kernel["call"])
+        large = kernel["constants"]["BLOCK_M"] >= 64 and kernel["constants"]["num_warps"] >= 4
+        transposes = kernel["name"] == "_weight_grad" and "float32, channels_last" in kernel["call"]
+        newer = capability >= 90 and large and not transposes
         wanted = r"wgmma\.mma_async" if newer else r"mma\.sync"
         if not re.search(wanted, kernel["ptx"]):
             return f"no {wanted}"
@@ -79,8 +85,10 @@ def test_products_run_on_tensor_cores(compiled, capability):
 @pytest.mark.parametrize(
     "instruction",
     [
-        pytest.param(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global [^;]*\], (16|0x10)", id="load"),
-        pytest.param(r"st\.global[\w.:]*\.v4\.b32", id="store"),
+        pytest.param(
+            r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*\], (16|0x10)", id="load"
+        ),
+        pytest.param(r"st\.global[\w.:]*\.(v4\.b32|v2\.b64)", id="store"),
     ],
 )
 def test_sixteen_bytes_move_at_a_time(compiled, capability, instruction):
