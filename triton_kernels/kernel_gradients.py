@@ -61,7 +61,7 @@ def _added(source, first, tap, channel, inside, channels, splits, split_stride, 
     """The sum of the splits, in fixed order."""
     offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
     sums = tl.load(source + offsets, inside, 0.0).to(SUM)
-    for _ in tl.range(1, splits, loop_unroll_factor=4):
+    for _ in tl.range(1, splits, loop_unroll_factor=2):
         first += split_stride
         offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
         sums += tl.load(source + offsets, inside, 0.0).to(SUM)
@@ -138,11 +138,11 @@ def project_tiles(
     table (5, COUNT): the first program of each gradient, its address, kernels, channels and taps. WHOLE kernels have at
     most TAPS taps.
     """
-    SUM: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
     first_programs = tl.load(table + tl.arange(0, COUNT))
     entry = table + (tl.sum((first_programs <= tl.program_id(0)).to(tl.int32), 0) - 1)
     first = (tl.program_id(0) - tl.load(entry)).to(tl.int32) * KERNELS
     gradient = tl.load(entry + COUNT).to(tl.pointer_type(DTYPE))
+    SUM: tl.constexpr = tl.float64 if gradient.dtype.element_ty == tl.float64 else tl.float32
     if VECTOR > 1:
         gradient = tl.multiple_of(gradient, 16)
     kernels = tl.load(entry + 2 * COUNT).to(tl.int32)

@@ -184,6 +184,8 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
     else:
         slices, least = 4, 16
         most_pixels, most_channels = (32, line) if channels_innermost else (line, 16)
+        if taps > 16:  # registers hold the sums of all taps of a block
+            most_pixels, most_channels = 16, min(most_channels, 32)
     block = min(most_pixels, max(least, triton.next_power_of_2(pixels) // slices))
     step = slices * block
     splits = launch.ceil_divide(pixels, _LONGEST_SUM)
@@ -191,7 +193,7 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
     return Plan(
         launch.ceil_divide(pixels, length),
         length,
-        1 if taps == 1 else min(128, max(16, triton.next_power_of_2(taps))),
+        1 if taps == 1 else 32 if taps > 64 else max(16, triton.next_power_of_2(taps)),
         slices,
         block,
         min(most_channels, max(least, triton.next_power_of_2(channels))),
