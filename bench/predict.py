@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -15,81 +16,49 @@ from deepcontrol_cuda.training.table import markdown_table
 from .cases import SETS
 
 BATCH = 256
-_BYTES = 2  # of a bfloat16
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Of a GPU: bytes a second from memory, and operations a second on bfloat16 (two for a multiply-add)."""
-
-    name: str
-    bytes: float
-    operations: float
-
-
-# NVIDIA's data sheet, without sparsity.
-H100 = Ceilings("H100 SXM", 3.35e12, 989.4e12)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Least seconds of the forward pass: of the bare convolution, and of ours, with relu and its bits, in each way."""
+    """Of the forward pass: least seconds of the bare convolution and of ours in each way, and the way that is taken."""
 
     shape: Shape
-    convolution: float
-    two_passes: float
-    fused: float
-    chosen: str
-    """"fused", "direct" or "two passes": what the Triton backend takes where nothing is measured."""
+    seconds: dict[str, float]
+    taken: str
 
     @property
     def ours(self) -> float:
-        return self.two_passes if self.chosen == "two passes" else self.fused
+        return self.seconds[self.taken]
 
 
-def predict(shape: Shape, batch: int = BATCH, ceilings: Ceilings = H100) -> Prediction:
-    """Of one layer in bfloat16, channels_last."""
-    taps = shape.kernel_size**2
-    input = batch * shape.in_channels * shape.size**2 * _BYTES
-    output = batch * shape.out_channels * shape.out_size**2 * _BYTES
-    numbers = shape.out_channels * shape.in_channels // shape.groups * taps
-    operations = 2 * batch * shape.out_size**2 * numbers
-    bits = output / (8 * _BYTES)
-
-    def seconds(moved: float, operations: float = 0.0) -> float:
-        return max(moved / ceilings.bytes, operations / ceilings.operations)
-
-    bare = input + numbers * _BYTES + output
-    means = input + 2 * 4 * batch * shape.in_channels * taps
-    return Prediction(
-        shape,
-        seconds(bare, operations),
-        seconds(bare, operations) + seconds(2 * output + bits),
-        seconds(bare + bits, operations) + seconds(means),
-        _chosen(shape, batch),
-    )
-
-
-def _chosen(shape: Shape, batch: int) -> str:
-    triton = importlib.import_module("deepcontrol_cuda.triton_kernels.conv_center")
+def predict(shape: Shape, batch: int = BATCH) -> Prediction:
+    """Of one layer in bfloat16, channels_last, with relu, on an H100."""
+    costs, conv_center, tensors = (_triton(name) for name in ("costs", "conv_center", "tensors"))
     like = {"dtype": torch.bfloat16, "device": "meta", "memory_format": torch.channels_last}
     x = torch.empty(batch, shape.in_channels, shape.size, shape.size, **like)
     kernel = (shape.kernel_size, shape.kernel_size)
     weight = torch.empty(shape.out_channels, shape.in_channels // shape.groups, *kernel, **like)
-    padding = (shape.kernel_size // 2,) * 2
-    return triton.algorithm(x, weight, (shape.stride,) * 2, padding, (1, 1), shape.groups)[0]
+    geometry = ((shape.stride,) * 2, (shape.kernel_size // 2,) * 2, (1, 1), shape.groups)
+    windows = tensors.conv_windows(x, weight, *geometry)
+    layer = costs.Layer(batch, shape.in_channels, shape.out_channels, shape.groups, windows, x.element_size())
+    return Prediction(shape, costs.seconds(layer, costs.H100), conv_center.algorithm(x, weight, *geometry)[0])
 
 
-def table(shapes: Sequence[Shape] = SETS["resnet50_all"], batch: int = BATCH, ceilings: Ceilings = H100) -> str:
+def _triton(name: str):
+    """A module of kernels; not imported where nothing is predicted, since Triton may not be installed."""
+    return importlib.import_module(f"deepcontrol_cuda.triton_kernels.{name}")
+
+
+def table(shapes: Sequence[Shape] = SETS["resnet50_all"], batch: int = BATCH) -> str:
     """Markdown; the last line has geometric means."""
-    rows = [predict(shape, batch, ceilings) for shape in shapes]
-    lines = [["layer", "convolution, us", "two passes / that", "fused / that", "taken"]]
+    rows = [predict(shape, batch) for shape in shapes]
+    ways = ("two passes", "fused", "held")
+    lines = [["layer", "convolution, us", *(f"{way} / that" for way in ways), "taken"]]
     for row in rows:
-        ratios = (f"{seconds / row.convolution:.2f}" for seconds in (row.two_passes, row.fused))
-        lines.append([str(row.shape), f"{1e6 * row.convolution:.0f}", *ratios, row.chosen])
-    two_passes, fused, taken = (
-        geometric_mean(value(row) / row.convolution for row in rows)
-        for value in (lambda row: row.two_passes, lambda row: row.fused, lambda row: row.ours)
-    )
-    lines.append(["geometric mean", "", f"{two_passes:.2f}", f"{fused:.2f}", f"{taken:.2f}"])
+        bare = row.seconds["convolution"]
+        ratios = ["-" if math.isinf(row.seconds[way]) else f"{row.seconds[way] / bare:.2f}" for way in ways]
+        lines.append([str(row.shape), f"{1e6 * bare:.0f}", *ratios, row.taken])
+    taken = geometric_mean(row.ours / row.seconds["convolution"] for row in rows)
+    two_passes = geometric_mean(row.seconds["two passes"] / row.seconds["convolution"] for row in rows)
+    lines.append(["geometric mean", "", f"{two_passes:.2f}", "", "", f"{taken:.2f}"])
     return markdown_table(lines)

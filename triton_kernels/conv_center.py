@@ -1,8 +1,9 @@
 """conv_center and its backward: which of the kernels run for a layer, and what is the library's (cuDNN's).
 
-``reference.deep_control_conv`` in one of three ways:
+``reference.deep_control_conv`` in one of four ways:
 
 - fused: the implicit matrix product of ``conv_forward.py``, with means that are known before it runs;
+- held: the same for maps that fit a tile, which takes the means of what it has;
 - direct: for small groups, ``conv_direct.py``, which holds a map and centres it;
 - two passes: the library's convolution, then ``center`` in place on its output.
 
@@ -22,8 +23,9 @@ from .. import activations
 from .._ops import center_results, channels_innermost, conv_memory_format, memory_format
 from .center import Wanted, center_error, centre_maps, reduce_samples
 from .conv_direct import convolve_groups, why_not_direct
-from .conv_forward import MAX_ROWS, MAX_TAPS, convolve
+from .conv_forward import MAX_ROWS, MAX_TAPS, convolve, held_rows
 from .conv_weight_grad import weight_grad_partials
+from .costs import Layer, ceilings_of, seconds
 from .kernel_gradients import finish, finish_in_place, scale_filters
 from .launch import INTERPRETED
 from .tensors import (
@@ -38,7 +40,7 @@ from .tensors import (
     vectors_of,
 )
 
-ALGORITHMS = ("fused", "direct", "two passes")
+ALGORITHMS = ("fused", "held", "direct", "two passes")
 _preferred: str | None = None
 
 # Of a group; with fewer a tile of the matrix product would be mostly padding.
@@ -77,27 +79,21 @@ def _why_no_product(input: Tensor, weight: Tensor, windows: Windows, groups: int
     return None
 
 
-def _moves_more(input: Tensor, weight: Tensor, windows: Windows) -> bool:
-    """Whether the means of the input cost the fused way more bytes than centring the output in place would."""
-    samples, channels = input.shape[:2]
-    means = 2 * 4 * samples * windows.taps * channels
-    centring = 2 * samples * weight.shape[0] * windows.pixels
-    return input.numel() * input.element_size() + means > centring * input.element_size()
-
-
 def _choose(input: Tensor, weight: Tensor, windows: Windows, groups: int, centred: bool) -> tuple[str, str]:
     no_product = _why_no_product(input, weight, windows, groups)
+    no_tile = no_product or (None if held_rows(windows) else "a map is larger than a tile")
     not_direct = why_not_direct(input, weight, windows, groups)
-    possible = {"fused": no_product is None, "direct": not_direct is None, "two passes": True}
-    if _preferred is not None and possible[_preferred]:
+    obstacles = {"fused": no_product, "held": no_tile, "direct": not_direct, "two passes": None}
+    possible = [name for name in ALGORITHMS if obstacles[name] is None]
+    if _preferred in possible:
         return _preferred, "preferred"
-    if possible["direct"]:
-        return "direct", "each program holds whole maps"
-    if not possible["fused"]:
+    if possible == ["two passes"]:
         return "two passes", no_product
-    if centred and _moves_more(input, weight, windows):
-        return "two passes", "means of the input would move more bytes than centring the output does"
-    return "fused", "it moves the fewest bytes"
+    if not centred and "fused" in possible:
+        return "fused", "nothing is centred"
+    layer = Layer(input.shape[0], input.shape[1], weight.shape[0], groups, windows, input.element_size())
+    predicted = seconds(layer, ceilings_of(input))
+    return min(possible, key=predicted.__getitem__), "the least of what bytes and operations let it take"
 
 
 def algorithm(
@@ -110,6 +106,7 @@ def algorithm(
 
 _WORDS = {
     "fused": "one fused pass",
+    "held": "one fused pass that holds each map",
     "direct": "one direct pass",
     "two passes": "two passes, cuDNN's convolution and then center",
 }
@@ -145,8 +142,11 @@ def conv_center(
     _, map_mean, saved = center_results(output, format, vectors.centred, activation, save)
     bits = saved if save and activation in activations.PIECEWISE else None
     pre_activation = saved if save and activation in activations.SMOOTH else None
-    run = convolve if chosen == "fused" else convolve_groups
-    run(x, w, vectors, residual, windows, groups, activation, slope, output, map_mean, bits, pre_activation)
+    arguments = (x, w, vectors, residual, windows, groups, activation, slope, output, map_mean, bits, pre_activation)
+    if chosen == "direct":
+        convolve_groups(*arguments)
+    else:
+        convolve(*arguments, held=chosen == "held")
     return output, map_mean, saved
 
 

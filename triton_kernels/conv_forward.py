@@ -84,19 +84,30 @@ def _halves(acc):
 
 @triton.jit
 def _finish(
-    acc, m, n, first, group,
-    gain, beta, bias, residual, output, bits, pre_activation, rows, group_filters,
-    INDEX: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    acc, m, inside_m, n, first, group,
+    gain, mean_scale, beta, bias, residual, output, map_mean, bits, pre_activation, samples, pixels, group_filters,
+    HELD: tl.constexpr, INDEX: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """From sums of rows m, which are of samples n, and columns from ``first`` on in a group to what is stored."""
+    ROWS: tl.constexpr = acc.shape[0]
     WIDTH: tl.constexpr = acc.shape[1]
     o = first + tl.arange(0, WIDTH)
-    inside_m, inside_o = m < rows, o < group_filters
+    inside_o = o < group_filters
     inside = inside_m[:, None] & inside_o[None, :]
     filters = tl.num_programs(1) * group_filters
     column = group * group_filters + o
     if gain is not None:
         acc *= tl.load(gain + column, inside_o, 0.0)[None, :]
+    if HELD > 0:
+        SAMPLES: tl.constexpr = ROWS // HELD
+        maps = tl.reshape(tl.where(inside_m[:, None], acc, 0.0), (SAMPLES, HELD, WIDTH))
+        mean = tl.sum(maps, 1) / pixels
+        sample = tl.min(tl.reshape(n, (SAMPLES, HELD)), 1)
+        at = sample.to(tl.int64)[:, None] * filters + column[None, :]
+        tl.store(map_mean + at, mean, (sample < samples)[:, None] & inside_o[None, :])
+        if mean_scale is not None:
+            mean *= tl.load(mean_scale + column, inside_o, 0.0)[None, :]
+        acc -= tl.reshape(tl.broadcast_to(mean[:, None, :], (SAMPLES, HELD, WIDTH)), (ROWS, WIDTH))
     if beta is not None:
         acc += tl.load(beta + n.to(INDEX)[:, None] * filters + column[None, :], inside, 0.0)
     elif bias is not None:
@@ -116,30 +127,42 @@ def _finish(
 
 def _product(arguments: dict) -> Product:
     taps = arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
+    held = arguments["HELD"]
     return Product(
-        rows=arguments["rows"],
+        rows=arguments["samples"] * held if held else arguments["samples"] * arguments["pixels"],
         columns=arguments["group_filters"],
         runs=taps,
         length=arguments["group_channels"],
         count=arguments["channels"] // arguments["group_channels"],
         itemsize=arguments["input"].element_size(),
         gathers=arguments["FEW_CHANNELS"],
+        whole=held,
     )
 
 
 @tuned(
     forward_configs(),
-    ["ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W"],
+    [
+        "ROWS_LOG2",
+        "HELD",
+        "channels",
+        "group_channels",
+        "group_filters",
+        "KERNEL_D",
+        "KERNEL_H",
+        "KERNEL_W",
+        "STRIDE_W",
+    ],
     _product,
 )
 @triton.heuristics({"EVEN_K": lambda arguments: arguments["group_channels"] % arguments["BLOCK_K"] == 0})
 @triton.jit
 def _convolve(
-    input, weight, gain, beta, bias, residual, output, bits, pre_activation,
-    rows, channels, group_channels, group_filters,
+    input, weight, gain, mean_scale, beta, bias, residual, output, map_mean, bits, pre_activation,
+    samples, channels, group_channels, group_filters,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
-    ROWS_LOG2: tl.constexpr,
+    ROWS_LOG2: tl.constexpr, HELD: tl.constexpr,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -150,19 +173,34 @@ def _convolve(
     PARTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(group_filters, BLOCK_N)
+    rows = samples * pixels
+    if HELD > 0:
+        tiles_m = tl.cdiv(samples, BLOCK_M // HELD)
+    else:
+        tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(group_filters, BLOCK_N)
     program = tl.program_id(0)
     group = tl.program_id(1)
     # Programs that run together share rows of the input and columns of the weights, which stay in the cache.
     band = program // (GROUP_M * tiles_n)
     height = min(tiles_m - band * GROUP_M, GROUP_M)
     within = program % (GROUP_M * tiles_n)
-    m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = band * GROUP_M + within % height
     first_filter = within // height * BLOCK_N
     o = first_filter + tl.arange(0, BLOCK_N)
-    # Rows and columns that do not exist are loaded as the last ones and not stored.
-    seen_m, seen_o = tl.minimum(m, rows - 1), tl.minimum(o, group_filters - 1)
-    n = divide(seen_m, pixels_by, pixels_shift)
+    # Rows and columns that do not exist are loaded as others and not stored.
+    if HELD > 0:
+        r = tl.arange(0, BLOCK_M)
+        n, p = tile * (BLOCK_M // HELD) + r // HELD, r % HELD
+        m = n * pixels + p
+        inside_m = (p < pixels) & (n < samples)
+        seen_m = tl.minimum(m, rows - 1)
+    else:
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside_m = m < rows
+        seen_m = tl.minimum(m, rows - 1)
+        n = divide(seen_m, pixels_by, pixels_shift)
+    seen_o = tl.minimum(o, group_filters - 1)
     if POINTWISE:
         row = seen_m
     else:
@@ -223,50 +261,78 @@ def _convolve(
         parts = (first, second, third, fourth)
     for i in tl.static_range(PARTS):
         _finish(
-            parts[i], m, n, first_filter + i * WIDTH, group,
-            gain, beta, bias, residual, output, bits, pre_activation, rows, group_filters, INDEX, ACTIVATION, SLOPE,
+            parts[i], m, inside_m, n, first_filter + i * WIDTH, group,
+            gain, mean_scale, beta, bias, residual, output, map_mean, bits, pre_activation,
+            samples, pixels, group_filters, HELD, INDEX, ACTIVATION, SLOPE,
         )  # fmt: skip
 
 
 # Below it a tap's channels do not fill the narrowest tile, so taps share tiles.
 _FEW_CHANNELS = 16
+# Samples and filters of a tile of means.
+_MEANS_N, _MEANS_O = 16, 64
+# A tile holds whole maps up to so many pixels.
+_MOST_HELD = max(config.kwargs["BLOCK_M"] for config in forward_configs())
+
+
+def held_rows(windows: Windows) -> int:
+    """How many rows of a tile a whole map of the output has, or 0 if it has too many pixels for one tile."""
+    rows = max(16, triton.next_power_of_2(windows.pixels))
+    return rows if rows <= _MOST_HELD else 0
+
+
+def means_moved(samples: int, channels: int, filters: int, groups: int, windows: Windows, itemsize: int) -> int:
+    """Bytes that the means of maps take which are not held: the input once, its window means out, and the tiles of
+    their product with the weights."""
+    depth, height, width = windows.size
+    means = 4 * samples * windows.taps * channels
+    weights = filters * channels // groups * windows.taps * itemsize
+    return (
+        samples * channels * depth * height * width * itemsize
+        + means * (1 + ceil_divide(filters // groups, _MEANS_O))
+        + weights * ceil_divide(samples, _MEANS_N)
+    )
 
 
 def convolve(
     x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, windows: Windows, groups: int,
     activation: str, slope: float, output: Tensor, map_mean: Tensor, bits: Tensor | None, pre_activation: Tensor | None,
+    held: bool,
 ) -> None:  # fmt: skip
     """Write ``output`` (N, O, *spatial), ``map_mean`` (N, O) where the maps are centred, and what backward keeps.
 
     All tensors of maps and the weight are dense in channels_last, float32 or 16 bits; ``windows.pixels`` times N is at
-    most ``MAX_ROWS``.
+    most ``MAX_ROWS``. ``held``: tiles hold whole maps and take the means themselves, as ``held_rows`` lets them.
     """
     samples, channels = x.shape[:2]
     filters, group_channels = weight.shape[:2]
     group_filters = filters // groups
-    rows = samples * windows.pixels
+    whole = held_rows(windows) if held and vectors.centred else 0
     beta = None
     with on(x):
-        if vectors.centred:
+        if vectors.centred and not whole:
             means = window_means(x, windows)
             beta = torch.empty_like(map_mean)
-            blocks = {"BLOCK_N": 16, "BLOCK_O": 64, "BLOCK_K": 64}
-            grid = (ceil_divide(samples, blocks["BLOCK_N"]), ceil_divide(group_filters, blocks["BLOCK_O"]), groups)
-            _mean_of_maps[grid](
+            _mean_of_maps[
+                ceil_divide(samples, _MEANS_N), ceil_divide(group_filters, _MEANS_O), groups
+            ](
                 means, weight, vectors.gain, vectors.mean_scale, vectors.bias, map_mean, beta,
                 samples, channels, group_channels, group_filters,
-                TAPS=windows.taps, PRECISION="tf32x3", **blocks, num_warps=4, num_stages=3,
+                TAPS=windows.taps, PRECISION="tf32x3", BLOCK_N=_MEANS_N, BLOCK_O=_MEANS_O, BLOCK_K=64,
+                num_warps=4, num_stages=3,
             )  # fmt: skip
-        _convolve[
-            lambda blocks: (
-                ceil_divide(rows, blocks["BLOCK_M"]) * ceil_divide(group_filters, blocks["BLOCK_N"]),
-                groups,
-            )
-        ](
-            x, weight, vectors.gain, beta, vectors.bias, residual, output, bits, pre_activation,
-            rows, channels, group_channels, group_filters,
+
+        def grid(blocks: dict) -> tuple[int, int]:
+            m = blocks["BLOCK_M"]
+            tiles = ceil_divide(samples, m // whole) if whole else ceil_divide(samples * windows.pixels, m)
+            return tiles * ceil_divide(group_filters, blocks["BLOCK_N"]), groups
+
+        _convolve[grid](
+            x, weight, vectors.gain, vectors.mean_scale if whole else None, beta, vectors.bias, residual, output,
+            map_mean if whole else None, bits, pre_activation,
+            samples, channels, group_channels, group_filters,
             *geometry.numbers(windows),
-            ROWS_LOG2=rows.bit_length(),
+            ROWS_LOG2=(samples * windows.pixels).bit_length(), HELD=whole,
             **geometry.constants(windows),
             POINTWISE=windows.is_pointwise,
             FEW_CHANNELS=group_channels < _FEW_CHANNELS and not windows.is_pointwise,

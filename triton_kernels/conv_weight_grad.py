@@ -45,11 +45,7 @@ def _product(arguments: dict) -> Product:
     )
 
 
-@tuned(
-    weight_grad_configs(),
-    ["ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W"],
-    _product,
-)
+@tuned(weight_grad_configs(), [], _product)
 @triton.heuristics(
     {
         "EVEN_M": lambda arguments: arguments["group_filters"] % arguments["BLOCK_M"] == 0,

@@ -34,6 +34,8 @@ class Product(NamedTuple):
     itemsize: int
     gathers: bool
     """Whether operands come number by number."""
+    whole: int = 0
+    """Rows that tiles must not cut, 0 where they may."""
     across: bool = False
     """Whether numbers that are summed together are not neighbours in memory."""
 
@@ -43,7 +45,7 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, **others: int) -> t
 
 
 # In the interpreter every tile has edges.
-_INTERPRETED_TILE = (16, 32, 16, 1, 1)
+_INTERPRETED_FORWARD, _INTERPRETED_WEIGHT_GRAD = (64, 32, 16, 1, 1), (16, 32, 16, 1, 1)
 _FORWARD_TILES = (
     (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3),
@@ -52,6 +54,8 @@ _FORWARD_TILES = (
     (128, 128, 32, 4, 4),
     (128, 64, 64, 4, 4),
     (128, 64, 32, 4, 4),
+    (256, 64, 64, 8, 3),
+    (256, 64, 32, 8, 4),
     (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4),
     (64, 64, 32, 4, 4),
@@ -77,7 +81,7 @@ _WEIGHT_GRAD_TILES = (
 def forward_configs() -> list[triton.Config]:
     """``PARTS`` is how many parts the epilogue takes a tile in: 32 accumulators a thread each."""
     if INTERPRETED:
-        return [_config(*_INTERPRETED_TILE, GROUP_M=2, PARTS=2)]
+        return [_config(*_INTERPRETED_FORWARD, GROUP_M=2, PARTS=2)]
     return [
         _config(m, n, k, warps, stages, GROUP_M=8, PARTS=max(1, m * n // (32 * warps) // 32))
         for m, n, k, warps, stages in _FORWARD_TILES
@@ -85,13 +89,19 @@ def forward_configs() -> list[triton.Config]:
 
 
 def weight_grad_configs() -> list[triton.Config]:
-    return [_config(*tile) for tile in ((_INTERPRETED_TILE,) if INTERPRETED else _WEIGHT_GRAD_TILES)]
+    return [_config(*tile) for tile in ((_INTERPRETED_WEIGHT_GRAD,) if INTERPRETED else _WEIGHT_GRAD_TILES)]
+
+
+_KEY = (
+    "ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W",
+)  # fmt: skip
 
 
 def tuned(configs: Sequence[triton.Config], key: Sequence[str], product_of: Callable[[dict], Product]):
     """Decorates a kernel with Triton's tuner, which tries the most promising of ``configs`` that the GPU has room for.
 
-    ``product_of`` makes the product of a call's arguments by name, of which ``input`` is a tensor.
+    ``key`` names arguments that matter besides those that every convolution has. ``product_of`` makes the product of a
+    call's arguments by name, of which ``input`` is a tensor.
     """
 
     def keep(configs: Sequence[triton.Config], named: dict, **others) -> list[triton.Config]:
@@ -102,7 +112,7 @@ def tuned(configs: Sequence[triton.Config], key: Sequence[str], product_of: Call
         return sorted(fitting, key=lambda config: predicted_clocks(config, product, device))[:_TRIED]
 
     return triton.autotune(
-        configs=list(configs), key=list(key), prune_configs_by={"early_config_prune": keep}, cache_results=True
+        configs=list(configs), key=[*_KEY, *key], prune_configs_by={"early_config_prune": keep}, cache_results=True
     )
 
 
@@ -117,7 +127,7 @@ def _fits(config: triton.Config, product: Product, device: Device) -> bool:
     m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     if shared_memory(config, product.itemsize) > device.shared_memory:
         return False
-    if k * product.itemsize > 128:
+    if k * product.itemsize > 128 or (product.whole and m % product.whole):
         return False
     # Wide numbers and gathers take more registers for what is not summed, so fewer are left for sums.
     threads = 32 * config.num_warps
@@ -128,7 +138,7 @@ def _fits(config: triton.Config, product: Product, device: Device) -> bool:
     # wgmma takes only 16-bit operands across; others would be turned number by number on their way.
     if product.across and product.itemsize == 4 and device.capability >= 90 and m >= 64 and config.num_warps >= 4:
         return False
-    return n <= max(64, 2 * product.columns - 1) and m <= max(64, 2 * product.rows - 1)
+    return n <= max(64, 2 * product.columns - 1) and m <= max(64, product.whole, 2 * product.rows - 1)
 
 
 def predicted_clocks(config: triton.Config, product: Product, device: Device) -> float:
