@@ -43,13 +43,17 @@ from .tensors import (
 
 @triton.jit
 def _place(maps, channels, pixels, parts, CHANNELS_INNERMOST: tl.constexpr, UNIT: tl.constexpr,
-           ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, LAST_FIRST: tl.constexpr):  # fmt: skip
     """The first tile of the program's part of its maps, the part, and the first of the maps and its channel.
+
+    LAST_FIRST: in the order that meets in the cache what the launch before has left there.
 
     A tile is where it begins, (row, column), how much of the matrix lies from there on, (rows, columns), and the width
     of the matrix. UNIT divides the width, and telling so makes vectors of what is next to each other.
     """
     program = tl.program_id(0)
+    if LAST_FIRST:
+        program = tl.num_programs(0) - 1 - program
     if CHANNELS_INNERMOST:
         width = channels // UNIT * UNIT
         blocks = tl.cdiv(width, COLUMNS)
@@ -183,7 +187,9 @@ def _center(
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Centres if there is ``map_mean``, by ``sums`` where others have parts of the same maps."""
-    tile, _, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
+    tile, _, map, channel = _place(
+        maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS, sums is None
+    )
     lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     HELD: tl.constexpr = map_mean is not None and sums is None
     if HELD:
@@ -245,7 +251,9 @@ def _center_backward(
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """``totals`` are the sums of the error over the maps where others have parts of the same maps."""
-    tile, _, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
+    tile, _, map, channel = _place(
+        maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS, totals is None
+    )
     lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     HELD: tl.constexpr = totals is None and (CENTRED or sums is not None)
     if HELD:
@@ -291,7 +299,9 @@ def _sum_parts(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of each map: of the error, (parts, maps), or also of error * input, (parts, 2, maps)."""
-    tile, part, map, channel = _place(maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS)
+    tile, part, map, channel = _place(
+        maps, channels, pixels, parts, CHANNELS_INNERMOST, UNIT, ROWS, COLUMNS, CHUNKS, True
+    )
     lane, channel, has_map = _maps(tile, channel, channels, CHANNELS_INNERMOST, ROWS, COLUMNS)
     _, total, dot = _sum_error(
         grad_output, bits, pre_activation, input, tile, ACTIVATION, SLOPE, CHANNELS_INNERMOST, ROWS, COLUMNS, CHUNKS

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._ops import channels_innermost, conv_memory_format
 from . import geometry
 from .activation import activate, pack_bits, passes
-from .geometry import first_seen, seen_by
+from .geometry import first_seen, in_units, seen_by
 from .launch import ceil_divide, on
 from .tensors import Vectors, Windows
 
@@ -96,11 +96,12 @@ def _convolve_groups(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    INDEX: tl.constexpr,
+    UNIT: tl.constexpr, INDEX: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
+    channels, filters = in_units(channels, UNIT), in_units(filters, UNIT)
     sample = tl.program_id(0) // tl.cdiv(filters, COLUMNS)
     o = tl.program_id(0) % tl.cdiv(filters, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     exists_o = o < filters
@@ -201,7 +202,8 @@ def convolve_groups(
             channels, filters, group_channels, filters // groups,
             *geometry.numbers(windows),
             **geometry.constants(windows),
-            INDEX=geometry.index_type(x, output), ACTIVATION=activation, SLOPE=slope,
+            UNIT=geometry.unit(channels, filters), INDEX=geometry.index_type(x, output),
+            ACTIVATION=activation, SLOPE=slope,
             HELD=windows.pixels <= rows, ROWS=rows, COLUMNS=columns,
             num_warps=warps,
         )  # fmt: skip

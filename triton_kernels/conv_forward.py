@@ -20,7 +20,7 @@ from torch import Tensor
 from . import geometry
 from .activation import activate, pack_bits, passes
 from .division import divide
-from .geometry import first_seen, load, seen_by, taps_inside
+from .geometry import first_seen, in_units, load, seen_by, taps_inside
 from .launch import ceil_divide, on
 from .tensors import Vectors, Windows
 from .tuning import Product, forward_configs, tuned
@@ -135,7 +135,7 @@ def _product(arguments: dict) -> Product:
         length=arguments["group_channels"],
         count=arguments["channels"] // arguments["group_channels"],
         itemsize=arguments["input"].element_size(),
-        gathers=arguments["FEW_CHANNELS"],
+        run=arguments["CHANNELS_UNIT"],
         whole=held,
     )
 
@@ -156,23 +156,26 @@ def _product(arguments: dict) -> Product:
     _product,
 )
 @triton.heuristics({"EVEN_K": lambda arguments: arguments["group_channels"] % arguments["BLOCK_K"] == 0})
-@triton.jit
+@triton.jit(do_not_specialize=["rows_log2"])
 def _convolve(
     input, weight, gain, mean_scale, beta, bias, residual, output, map_mean, bits, pre_activation,
-    samples, channels, group_channels, group_filters,
+    rows_log2, samples, channels, group_channels, group_filters,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
-    ROWS_LOG2: tl.constexpr, HELD: tl.constexpr,
+    HELD: tl.constexpr,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr,
+    CHANNELS_UNIT: tl.constexpr, FILTERS_UNIT: tl.constexpr, INDEX: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
+    channels, group_channels = in_units(channels, CHANNELS_UNIT), in_units(group_channels, CHANNELS_UNIT)
+    group_filters = in_units(group_filters, FILTERS_UNIT)
     rows = samples * pixels
     if HELD > 0:
         tiles_m = tl.cdiv(samples, BLOCK_M // HELD)
@@ -330,12 +333,13 @@ def convolve(
         _convolve[grid](
             x, weight, vectors.gain, vectors.mean_scale if whole else None, beta, vectors.bias, residual, output,
             map_mean if whole else None, bits, pre_activation,
-            samples, channels, group_channels, group_filters,
+            (samples * windows.pixels).bit_length(), samples, channels, group_channels, group_filters,
             *geometry.numbers(windows),
-            ROWS_LOG2=(samples * windows.pixels).bit_length(), HELD=whole,
+            HELD=whole,
             **geometry.constants(windows),
             POINTWISE=windows.is_pointwise,
             FEW_CHANNELS=group_channels < _FEW_CHANNELS and not windows.is_pointwise,
+            CHANNELS_UNIT=geometry.unit(channels, group_channels), FILTERS_UNIT=geometry.unit(filters, group_filters),
             INDEX=geometry.index_type(x, output),
             ACTIVATION=activation, SLOPE=slope,
         )  # fmt: skip

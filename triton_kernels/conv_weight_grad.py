@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import geometry
-from .geometry import first_seen, load, seen_by
+from .geometry import first_seen, in_units, load, seen_by
 from .launch import INTERPRETED, ceil_divide, device_of, on
 from .tensors import Windows
 from .tuning import Product, tuned, weight_grad_configs
@@ -65,12 +65,15 @@ def _weight_grad(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr, INDEX: tl.constexpr,
+    POINTWISE: tl.constexpr, FEW_CHANNELS: tl.constexpr,
+    CHANNELS_UNIT: tl.constexpr, FILTERS_UNIT: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     PADDED: tl.constexpr = PADDING_D + PADDING_H + PADDING_W > 0
+    channels, group_channels = in_units(channels, CHANNELS_UNIT), in_units(group_channels, CHANNELS_UNIT)
+    group_filters = in_units(group_filters, FILTERS_UNIT)
     # Tiles of one split run together: they read the same pixels.
     tiles_o = tl.cdiv(group_filters, BLOCK_M)
     if FEW_CHANNELS:
@@ -175,6 +178,7 @@ def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int)
             ROWS_LOG2=rows.bit_length(),
             **geometry.constants(windows),
             POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=geometry.index_type(x, grad),
+            CHANNELS_UNIT=geometry.unit(channels, group_channels), FILTERS_UNIT=geometry.unit(filters, group_filters),
         )  # fmt: skip
     return partials
 

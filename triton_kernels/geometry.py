@@ -5,6 +5,8 @@ A kernel takes ``numbers(windows)`` and ``constants(windows)`` by the names that
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +32,11 @@ def constants(windows: Windows) -> dict[str, int]:
         "DILATION": windows.dilation,
     }
     return {f"{name}_{axis}": value for name, values in fields.items() for axis, value in zip("DHW", values)}
+
+
+def unit(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all of them."""
+    return math.gcd(16, *sizes)
 
 
 def index_type(*tensors: Tensor) -> tl.dtype:
@@ -119,6 +126,12 @@ def taps_inside(
             taps = tl.where(_is_below(d + k * DILATION_D, size_d), taps, 0)
         volume |= taps
     return volume
+
+
+@triton.jit
+def in_units(number, UNIT: tl.constexpr):
+    """The same number, which UNIT divides. Triton by itself sees no divisor of an argument but 16."""
+    return number // UNIT * UNIT
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 from .._ops import accumulation, memory_format
 from . import launch, tensors
 from .division import divide, division
+from .geometry import in_units, unit
 
 _LONGEST_SUM = 1024
 """Pixels that one program adds up at most: what bounds the rounding error and fills a GPU from a single sample."""
@@ -82,7 +83,7 @@ def sum_windows(
     width, width_multiplier, width_shift, height, height_multiplier, height_shift,
     reach_depth, reach_height, reach_width,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    PIXELS_INNERMOST: tl.constexpr, LENGTH: tl.constexpr,
+    PIXELS_INNERMOST: tl.constexpr, UNIT: tl.constexpr, LENGTH: tl.constexpr,
     TAPS: tl.constexpr, SLICES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """means[sample, split, tap, channel] = sum over LENGTH pixels / divisor, of TAPS taps and CHANNELS channels.
@@ -91,9 +92,15 @@ def sum_windows(
     """
     ALL_TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     SUM: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    if PIXELS_INNERMOST:
+        pixels = in_units(pixels, UNIT)
+    else:
+        channels = in_units(channels, UNIT)
     blocks = tl.cdiv(channels, CHANNELS)
-    part = tl.program_id(0) // blocks
-    first_channel = tl.program_id(0) % blocks * CHANNELS
+    # The last sample first: what this leaves in the cache is what the convolution begins with.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = program // blocks
+    first_channel = program % blocks * CHANNELS
     sample = (part // splits).to(tl.int64)
     first = part % splits * LENGTH
     last = tl.minimum(first + LENGTH, pixels)
@@ -224,8 +231,9 @@ def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int,
             maps.channels if shared else tap_stride, 1 if shared else channel_stride,
             windows.size[2], *division(windows.size[2]), windows.size[1], *division(windows.size[1]), *reach,
             KERNEL=windows.kernel, STRIDE=windows.stride, PADDING=windows.padding, DILATION=windows.dilation,
-            PIXELS_INNERMOST=not maps.channels_innermost, LENGTH=p.length, TAPS=p.taps, SLICES=p.slices,
-            PIXELS=p.pixels, CHANNELS=p.channels, num_warps=p.warps, num_stages=p.stages,
+            PIXELS_INNERMOST=not maps.channels_innermost,
+            UNIT=unit(maps.channels if maps.channels_innermost else maps.pixels),
+            LENGTH=p.length, TAPS=p.taps, SLICES=p.slices, PIXELS=p.pixels, CHANNELS=p.channels, num_warps=p.warps, num_stages=p.stages,
         )  # fmt: skip
         if shared:
             length = windows.taps * maps.channels
