@@ -140,21 +140,7 @@ def _product(arguments: dict) -> Product:
     )
 
 
-@tuned(
-    forward_configs(),
-    [
-        "ROWS_LOG2",
-        "HELD",
-        "channels",
-        "group_channels",
-        "group_filters",
-        "KERNEL_D",
-        "KERNEL_H",
-        "KERNEL_W",
-        "STRIDE_W",
-    ],
-    _product,
-)
+@tuned(forward_configs(), ["HELD"], _product)
 @triton.heuristics({"EVEN_K": lambda arguments: arguments["group_channels"] % arguments["BLOCK_K"] == 0})
 @triton.jit(do_not_specialize=["rows_log2"])
 def _convolve(

@@ -40,7 +40,7 @@ def _product(arguments: dict) -> Product:
         length=arguments["rows_of_split"],
         count=arguments["splits"] * taps_apart * arguments["groups"],
         itemsize=arguments["input"].element_size(),
-        gathers=arguments["FEW_CHANNELS"],
+        run=min(arguments["CHANNELS_UNIT"], arguments["FILTERS_UNIT"]),
         across=True,
     )
 
@@ -54,13 +54,12 @@ def _product(arguments: dict) -> Product:
         "EVEN_K": lambda arguments: arguments["rows"] % arguments["BLOCK_K"] == 0,
     }
 )
-@triton.jit
+@triton.jit(do_not_specialize=["rows_log2"])
 def _weight_grad(
     input, grad, partials,
-    rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
+    rows_log2, rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
-    ROWS_LOG2: tl.constexpr,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
@@ -173,9 +172,8 @@ def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int)
     with on(x):
         _weight_grad[grid](
             x, grad, partials,
-            rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
+            rows.bit_length(), rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
             *geometry.numbers(windows),
-            ROWS_LOG2=rows.bit_length(),
             **geometry.constants(windows),
             POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=geometry.index_type(x, grad),
             CHANNELS_UNIT=geometry.unit(channels, group_channels), FILTERS_UNIT=geometry.unit(filters, group_filters),

@@ -32,8 +32,8 @@ class Product(NamedTuple):
     length: int
     count: int
     itemsize: int
-    gathers: bool
-    """Whether operands come number by number."""
+    run: int
+    """How many numbers of an operand lie side by side at least; fewer than eight bytes take many registers."""
     whole: int = 0
     """Rows that tiles must not cut, 0 where they may."""
     across: bool = False
@@ -93,7 +93,7 @@ def weight_grad_configs() -> list[triton.Config]:
 
 
 _KEY = (
-    "ROWS_LOG2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W",
+    "rows_log2", "channels", "group_channels", "group_filters", "KERNEL_D", "KERNEL_H", "KERNEL_W", "STRIDE_W",
 )  # fmt: skip
 
 
@@ -131,9 +131,10 @@ def _fits(config: triton.Config, product: Product, device: Device) -> bool:
         return False
     # Wide numbers and gathers take more registers for what is not summed, so fewer are left for sums.
     threads = 32 * config.num_warps
-    if m * n // threads > (64 if product.itemsize == 4 or product.gathers else 128):
+    gathers = product.run * product.itemsize < 8
+    if m * n // threads > (64 if product.itemsize == 4 or gathers else 128):
         return False
-    if product.gathers and max(m, n) * k * product.itemsize // threads > 64:
+    if gathers and max(m, n) * k * product.itemsize // threads > 64:
         return False
     # wgmma takes only 16-bit operands across; others would be turned number by number on their way.
     if product.across and product.itemsize == 4 and device.capability >= 90 and m >= 64 and config.num_warps >= 4:

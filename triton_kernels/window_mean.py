@@ -232,8 +232,8 @@ def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int,
             windows.size[2], *division(windows.size[2]), windows.size[1], *division(windows.size[1]), *reach,
             KERNEL=windows.kernel, STRIDE=windows.stride, PADDING=windows.padding, DILATION=windows.dilation,
             PIXELS_INNERMOST=not maps.channels_innermost,
-            UNIT=unit(maps.channels if maps.channels_innermost else maps.pixels),
-            LENGTH=p.length, TAPS=p.taps, SLICES=p.slices, PIXELS=p.pixels, CHANNELS=p.channels, num_warps=p.warps, num_stages=p.stages,
+            UNIT=unit(maps.channels if maps.channels_innermost else maps.pixels), LENGTH=p.length, TAPS=p.taps,
+            SLICES=p.slices, PIXELS=p.pixels, CHANNELS=p.channels, num_warps=p.warps, num_stages=p.stages,
         )  # fmt: skip
         if shared:
             length = windows.taps * maps.channels
