@@ -438,6 +438,8 @@ def _cut(maps: Maps, plan: Plan) -> dict[str, int | bool]:
         "pixels": maps.pixels,
         "CHANNELS_INNERMOST": maps.channels_innermost,
         "UNIT": gcd(width, 16),
+        # Two programs of 256 threads fit with so many; left to itself ptxas spills to have four.
+        "maxnreg": 128 if plan.num_warps <= 8 else None,
         **plan._asdict(),
     }
 

@@ -41,7 +41,10 @@ class Product(NamedTuple):
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int, **others: int) -> triton.Config:
-    return triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **others}, num_warps=warps, num_stages=stages)
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **others}
+    # Where it is not told what there is, ptxas spills a register or two to get below a step of occupancy.
+    registers = min(255, _REGISTERS // (32 * warps)) if m * n <= 64 * 64 else None
+    return triton.Config(tile, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 # In the interpreter every tile has edges.
@@ -108,7 +111,8 @@ def tuned(configs: Sequence[triton.Config], key: Sequence[str], product_of: Call
         arguments = {**named, **others}
         device = device_of(arguments["input"])
         product = product_of(arguments)
-        fitting = [config for config in configs if _fits(config, product, device)]
+        possible = [config for config in configs if _is_possible(config, product, device)]
+        fitting = [config for config in possible if _fits(config, product, device)] or [min(possible, key=_numbers)]
         return sorted(fitting, key=lambda config: predicted_clocks(config, product, device))[:_TRIED]
 
     return triton.autotune(
@@ -122,19 +126,26 @@ def shared_memory(config: triton.Config, itemsize: int) -> int:
     return (m + n) * k * itemsize * config.num_stages
 
 
+def _numbers(config: triton.Config) -> int:
+    return config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] * config.kwargs["BLOCK_K"]
+
+
+def _is_possible(config: triton.Config, product: Product, device: Device) -> bool:
+    fits = shared_memory(config, product.itemsize) <= device.shared_memory
+    return fits and (product.whole == 0 or config.kwargs["BLOCK_M"] % product.whole == 0)
+
+
 def _fits(config: triton.Config, product: Product, device: Device) -> bool:
-    """Also leaves out what is mostly padding; the smallest tile always stays."""
+    """Whether nothing spills and not most of it is padding."""
     m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    if shared_memory(config, product.itemsize) > device.shared_memory:
-        return False
-    if k * product.itemsize > 128 or (product.whole and m % product.whole):
+    if k * product.itemsize > 128:
         return False
     # Wide numbers and gathers take more registers for what is not summed, so fewer are left for sums.
     threads = 32 * config.num_warps
     gathers = product.run * product.itemsize < 8
     if m * n // threads > (64 if product.itemsize == 4 or gathers else 128):
         return False
-    if gathers and max(m, n) * k * product.itemsize // threads > 64:
+    if gathers and max(m, n) * k // threads > 16:
         return False
     # wgmma takes only 16-bit operands across; others would be turned number by number on their way.
     if product.across and product.itemsize == 4 and device.capability >= 90 and m >= 64 and config.num_warps >= 4:

@@ -167,6 +167,10 @@ def add_splits(
     tl.store(target, _divided(tl.sum(sums, 0), divisor), i < length)
 
 
+# Of a thread, so that three programs fit a multiprocessor; left to itself ptxas spills to have a fourth.
+_MOST_REGISTERS = 168
+
+
 class Plan(NamedTuple):
     """How programs share the sums of a sample."""
 
@@ -233,7 +237,8 @@ def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int,
             KERNEL=windows.kernel, STRIDE=windows.stride, PADDING=windows.padding, DILATION=windows.dilation,
             PIXELS_INNERMOST=not maps.channels_innermost,
             UNIT=unit(maps.channels if maps.channels_innermost else maps.pixels), LENGTH=p.length, TAPS=p.taps,
-            SLICES=p.slices, PIXELS=p.pixels, CHANNELS=p.channels, num_warps=p.warps, num_stages=p.stages,
+            SLICES=p.slices, PIXELS=p.pixels, CHANNELS=p.channels,
+            num_warps=p.warps, num_stages=p.stages, maxnreg=_MOST_REGISTERS,
         )  # fmt: skip
         if shared:
             length = windows.taps * maps.channels
