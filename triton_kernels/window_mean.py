@@ -38,21 +38,23 @@ def _axis_sees(coordinate, tap, reach, STRIDE: tl.constexpr, PADDING: tl.constex
 
 
 @triton.jit
-def _sees(pixel, tap, pixels, width, width_multiplier, width_shift, height, height_multiplier, height_shift,
-          reach_depth, reach_height, reach_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-          DILATION: tl.constexpr):  # fmt: skip
+def _sees(
+    pixel, tap, pixels, width, width_by, width_shift, height, height_by, height_shift,
+    reach_depth, reach_height, reach_width,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
     """Whether a tap sees a pixel from some output position, broadcast. Axes that every tap sees whole cost nothing."""
     IN_WIDTH: tl.constexpr = KERNEL[2] > 1 or STRIDE[2] > 1 or PADDING[2] > 0
     IN_HEIGHT: tl.constexpr = KERNEL[1] > 1 or STRIDE[1] > 1 or PADDING[1] > 0
     IN_DEPTH: tl.constexpr = KERNEL[0] > 1 or STRIDE[0] > 1 or PADDING[0] > 0
     sees = pixel < pixels
     if IN_WIDTH or IN_HEIGHT or IN_DEPTH:
-        row = divide(pixel, width_multiplier, width_shift)
+        row = divide(pixel, width_by, width_shift)
         if IN_WIDTH:
             column = pixel - row * width
             sees &= _axis_sees(column, tap % KERNEL[2], reach_width, STRIDE[2], PADDING[2], DILATION[2])
         if IN_HEIGHT or IN_DEPTH:
-            plane = divide(row, height_multiplier, height_shift)
+            plane = divide(row, height_by, height_shift)
             if IN_HEIGHT:
                 within = row - plane * height
                 upright = tap // KERNEL[2] % KERNEL[1]
@@ -72,15 +74,15 @@ def _divided(sums, divisor):
 
 
 _GEOMETRY = (
-    "width", "width_multiplier", "width_shift", "height", "height_multiplier", "height_shift",
+    "width", "width_by", "width_shift", "height", "height_by", "height_shift",
     "reach_depth", "reach_height", "reach_width",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=(*_GEOMETRY, "splits", "divisor"))
-def sum_windows(
+def _sum_windows(
     x, means, pixels, channels, splits, divisor, tap_stride, channel_stride,
-    width, width_multiplier, width_shift, height, height_multiplier, height_shift,
+    width, width_by, width_shift, height, height_by, height_shift,
     reach_depth, reach_height, reach_width,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     PIXELS_INNERMOST: tl.constexpr, UNIT: tl.constexpr, LENGTH: tl.constexpr,
@@ -125,7 +127,7 @@ def sum_windows(
     for start in range(first, last, SLICES * PIXELS):
         if ALL_TAPS == 1:
             seen = _sees(start + place, tap, pixels,
-                         width, width_multiplier, width_shift, height, height_multiplier, height_shift,
+                         width, width_by, width_shift, height, height_by, height_shift,
                          reach_depth, reach_height, reach_width, KERNEL, STRIDE, PADDING, DILATION)  # fmt: skip
             sums += tl.load(tile + start * step, seen & (channel < channels), 0.0).to(SUM)
         else:
@@ -133,7 +135,7 @@ def sum_windows(
             if PIXELS_INNERMOST:
                 values = tl.permute(values, (0, 2, 1))
             seen = _sees(start + slice + tl.arange(0, PIXELS)[None, None, :], tap[None, :, None], pixels,
-                         width, width_multiplier, width_shift, height, height_multiplier, height_shift,
+                         width, width_by, width_shift, height, height_by, height_shift,
                          reach_depth, reach_height, reach_width, KERNEL, STRIDE, PADDING, DILATION)  # fmt: skip
             sums = tl.dot(tl.where(seen, 1.0, 0.0).to(values.dtype), values, sums, "ieee", out_dtype=SUM)
     channel = first_channel + tl.arange(0, CHANNELS)
@@ -149,7 +151,7 @@ def sum_windows(
 
 
 @triton.jit(do_not_specialize=("splits", "divisor"))
-def add_splits(
+def _add_splits(
     parts, means, splits, length, channels, divisor, tap_stride, channel_stride,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -189,6 +191,8 @@ class Plan(NamedTuple):
 def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: bool, taps: int) -> Plan:
     """From one map alone, so that a sample has the same bits in any batch."""
     line = 128 // dtype.itemsize
+    if (channels if channels_innermost else pixels) % 2:
+        line = 16  # where no vectors can be loaded each element costs a thread an address and a mask
     if taps == 1:
         slices, least = 1, 1
         most_pixels, most_channels = (128, line) if channels_innermost else (4 * line, 16)
@@ -197,6 +201,7 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
         most_pixels, most_channels = (32, line) if channels_innermost else (line, 16)
         if taps > 16:  # registers hold the sums of all taps of a block
             most_pixels, most_channels = 16, min(most_channels, 32)
+    most_taps = 32 if taps > 64 or dtype == torch.float64 else 64
     block = min(most_pixels, max(least, triton.next_power_of_2(pixels) // slices))
     step = slices * block
     splits = launch.ceil_divide(pixels, _LONGEST_SUM)
@@ -204,7 +209,7 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
     return Plan(
         launch.ceil_divide(pixels, length),
         length,
-        1 if taps == 1 else 32 if taps > 64 else max(16, triton.next_power_of_2(taps)),
+        1 if taps == 1 else min(most_taps, max(16, triton.next_power_of_2(taps))),
         slices,
         block,
         min(most_channels, max(least, triton.next_power_of_2(channels))),
@@ -230,7 +235,7 @@ def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int,
     blocks = launch.ceil_divide(maps.channels, p.channels)
     reach = [(windows.output[d] - 1) * windows.stride[d] for d in range(3)]
     with launch.on(x):
-        sum_windows[maps.samples * p.splits * blocks, launch.ceil_divide(windows.taps, p.taps)](
+        _sum_windows[maps.samples * p.splits * blocks, launch.ceil_divide(windows.taps, p.taps)](
             x, parts, maps.pixels, maps.channels, p.splits, 1 if shared else windows.pixels,
             maps.channels if shared else tap_stride, 1 if shared else channel_stride,
             windows.size[2], *division(windows.size[2]), windows.size[1], *division(windows.size[1]), *reach,
@@ -242,7 +247,7 @@ def _launch(x: Tensor, windows: tensors.Windows, means: Tensor, tap_stride: int,
         )  # fmt: skip
         if shared:
             length = windows.taps * maps.channels
-            add_splits[maps.samples * launch.ceil_divide(length, 128),](
+            _add_splits[maps.samples * launch.ceil_divide(length, 128),](
                 parts, means, p.splits, length, maps.channels, windows.pixels, tap_stride, channel_stride,
                 SPLITS=min(16, triton.next_power_of_2(p.splits)), BLOCK=128, num_warps=4,
             )  # fmt: skip
