@@ -33,14 +33,13 @@ class Prediction:
 
 def predict(shape: Shape, batch: int = BATCH) -> Prediction:
     """Of one layer in bfloat16, channels_last, with relu, on an H100."""
-    costs, conv_center, tensors = (_triton(name) for name in ("costs", "conv_center", "tensors"))
+    costs, conv_center = _triton("costs"), _triton("conv_center")
     like = {"dtype": torch.bfloat16, "device": "meta", "memory_format": torch.channels_last}
     x = torch.empty(batch, shape.in_channels, shape.size, shape.size, **like)
     kernel = (shape.kernel_size, shape.kernel_size)
     weight = torch.empty(shape.out_channels, shape.in_channels // shape.groups, *kernel, **like)
     geometry = ((shape.stride,) * 2, (shape.kernel_size // 2,) * 2, (1, 1), shape.groups)
-    windows = tensors.conv_windows(x, weight, *geometry)
-    layer = costs.Layer(batch, shape.in_channels, shape.out_channels, shape.groups, windows, x.element_size())
+    layer = conv_center.layer_of(x, weight, *geometry)
     return Prediction(shape, costs.seconds(layer, costs.H100), conv_center.algorithm(x, weight, *geometry)[0])
 
 

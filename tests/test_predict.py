@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import predict
 from deepcontrol_cuda.timing import Shape
@@ -13,24 +15,31 @@ pytest.importorskip("triton")
 
 
 def test_bytes_and_operations_of_a_layer():
-    slow = predict.Ceilings("one byte and one operation a second", 1.0, 1.0)
-    layer = predict.predict(Shape(16, 32, 1, 4), batch=2, ceilings=slow)
-    x, w, z = 2 * 16 * 16 * 2, 16 * 32 * 2, 2 * 32 * 16 * 2
-    assert layer.convolution == 2 * 2 * 16 * 16 * 32  # operations
-    assert layer.two_passes == layer.convolution + 2 * z + z / 16
-    memory = predict.Ceilings("one byte a second", 1.0, 1e9)
-    layer = predict.predict(Shape(16, 32, 1, 4), batch=2, ceilings=memory)
-    assert layer.convolution == x + w + z
-    assert layer.two_passes == x + w + 3 * z + z / 16
-    assert layer.fused == 2 * x + w + z + z / 16 + 2 * 4 * 2 * 16 + w
-    assert layer.chosen == "fused"
-    assert layer.ours == layer.fused
+    costs = pytest.importorskip("deepcontrol_cuda.triton_kernels.costs")
+    geometry, tensors = (
+        importlib.import_module(f"deepcontrol_cuda.triton_kernels.{name}") for name in ("geometry", "tensors")
+    )
+    x, w = torch.empty(2, 16, 4, 4, dtype=torch.bfloat16), torch.empty(32, 16, 1, 1, dtype=torch.bfloat16)
+    layer = geometry.Layer(2, 16, 32, 1, tensors.conv_windows(x, w, (1, 1), (0, 0), (1, 1), 1), 2)
+    x, w, z = x.nbytes, w.nbytes, 2 * 32 * 16 * 2
+
+    slow = costs.seconds(layer, costs.Ceilings("one byte and one operation a second", 1.0, 1.0, 1.0))
+    assert slow["convolution"] == 2 * 2 * 16 * 16 * 32  # operations
+    assert slow["two passes"] == slow["convolution"] + 2 * z + z / 16
+    # A tile holds maps of sixteen pixels without padding.
+    assert slow["held"] == slow["convolution"]
+    moved = costs.seconds(layer, costs.Ceilings("one byte a second", 1.0, 1.0, 1e9))
+    assert moved["convolution"] == x + w + z
+    assert moved["two passes"] == x + w + 3 * z + z / 16
+    assert moved["fused"] == 2 * x + w + z + z / 16 + 2 * 4 * 2 * 16 + w
+    assert moved["held"] == x + w + z + z / 16
 
 
 @pytest.mark.parametrize(
     ("shape", "taken"),
     [
         (Shape(64, 256, 1, 56), "fused"),
+        (Shape(256, 1024, 1, 14), "held"),
         (Shape(64, 64, 3, 56), "fused"),
         (Shape(512, 512, 3, 7), "two passes"),
         (Shape(256, 64, 1, 56), "two passes"),
@@ -39,11 +48,11 @@ def test_bytes_and_operations_of_a_layer():
     ],
     ids=str,
 )
-def test_what_moves_the_fewest_bytes_is_taken(shape, taken):
+def test_the_shortest_way_is_taken(shape, taken):
     layer = predict.predict(shape)
-    assert layer.chosen == taken
+    assert layer.taken == taken
     if taken != "direct":
-        assert layer.ours == min(layer.two_passes, layer.fused)
+        assert layer.ours == min(layer.seconds[way] for way in ("two passes", "fused", "held"))
 
 
 def test_the_document_has_the_table():

@@ -111,9 +111,11 @@ class PretendedGpu:
             minor=capability % 10,
             multi_processor_count=processors,
             shared_memory_per_block_optin=shared_memory,
+            name=f"sm_{capability}",
         )
         torch.cuda.get_device_properties = lambda index: properties
         torch.cuda.current_device = lambda: None  # the index of a meta tensor
+        torch.cuda.is_current_stream_capturing = lambda: False
         triton.runtime.driver.set_active(_Driver(capability))
         triton.compiler.compile = self._keep
         self.call, self.aligned = "", True
@@ -227,7 +229,7 @@ def call_everything(ops: Ops) -> None:
     small, wide, image = Shape(64, 64, 3, 56), Shape(64, 256, 1, 56), Shape(3, 64, 7, 224, 2)
     with conv_center.prefer("fused"):
         # Every tile that a GPU has room for, in bfloat16.
-        tuning._TRIED = len(tuning.forward_configs())
+        tuning._TRIED = len(tuning.FORWARD_TILES)
         for shape in (small, wide, image):
             ops.conv(shape, BF16)
         # And elsewhere the best of them, as far as one can count.
@@ -241,9 +243,26 @@ def call_everything(ops: Ops) -> None:
             ops.conv(small, *setting)
         ops.conv(Shape(64, 128, 3, 28, groups=2), BF16)
         ops.conv(Shape(19, 33, 3, 9), BF16)
-    for stride, dtype in ((1, BF16), (2, BF16), (1, F32), (1, F64)):
-        ops.conv(Shape(96, 96, 3, 56, stride, groups=96), dtype)
-    ops.conv(Shape(32, 64, 3, 28, groups=8), BF16)
+    with conv_center.prefer("held"):
+        tuning._TRIED = len(tuning.FORWARD_TILES)
+        for shape in (Shape(256, 1024, 1, 14), Shape(512, 512, 3, 7)):
+            ops.conv(shape, BF16)
+        tuning._TRIED = 1
+        ops.conv(Shape(256, 1024, 1, 14), F32)
+        ops.conv(Shape(512, 2048, 1, 7), BF16, activation="silu")
+        ops.conv(Shape(19, 33, 3, 9), BF16)
+    with conv_center.prefer("direct"):
+        for stride, dtype in ((1, BF16), (2, BF16), (1, F32), (1, F64)):
+            ops.conv(Shape(96, 96, 3, 56, stride, groups=96), dtype)
+        ops.conv(Shape(32, 64, 3, 28, groups=8), BF16)
+        # A map of one pixel, and the kernels of ConvNeXt.
+        ops.conv(Shape(64, 64, 3, 1, groups=64), BF16)
+        for size in (56, 14):
+            ops.conv(Shape(96, 96, 7, size, groups=96), BF16, activation="gelu")
+    # As many taps as there can be in a line.
+    x, w = maps((2, 32, 1, 80), BF16), maps((32, 32, 1, 64), BF16)
+    with conv_center.prefer("fused"):
+        ops.conv_center(x, w, None, None, 1.0, None, None, [1, 1], [0, 32], [1, 1], 1, "relu", 0.0, True)
 
     for dtype in (BF16, F32):
         gradients = [maps((o, c, k, k), dtype) for o, c, k, count in RESNET50_KERNELS for _ in range(count)]

@@ -15,21 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import activations
-from .._ops import center_results, channels_innermost, conv_memory_format, memory_format
+from .._ops import center_results, conv_memory_format, memory_format
 from .center import Wanted, center_error, centre_maps, reduce_samples
 from .conv_direct import convolve_groups, why_not_direct
-from .conv_forward import MAX_ROWS, MAX_TAPS, convolve, held_rows
+from .conv_forward import MAX_ROWS, MAX_TAPS, convolve, has_tile
 from .conv_weight_grad import weight_grad_partials
-from .costs import Layer, ceilings_of, seconds
+from .costs import ceilings_of, seconds
+from .geometry import Layer
 from .kernel_gradients import finish, finish_in_place, scale_filters
-from .launch import INTERPRETED
+from .launch import INTERPRETED, device_at
 from .tensors import (
-    Windows,
     check_activation,
     check_device,
     check_dtype,
@@ -58,41 +60,75 @@ def prefer(algorithm: str) -> Iterator[None]:
         _preferred = before
 
 
-def _why_no_product(input: Tensor, weight: Tensor, windows: Windows, groups: int) -> str | None:
-    """Why the layer is none for the tensor cores' matrix products, or None."""
+class _Situation(NamedTuple):
+    """What the choice for a layer depends on besides its numbers."""
+
+    dtype: torch.dtype
+    channels_last: bool
+    """Whether kernels see the output as rows of channels."""
+    tf32: bool
+    gpu: int | None
+    """Its index; None where there is none."""
+
+
+def layer_of(
+    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Layer:
+    """Raises where the weight does not fit the input."""
+    windows = conv_windows(input, weight, stride, padding, dilation, groups)
+    return Layer(input.shape[0], input.shape[1], weight.shape[0], groups, windows, input.element_size())
+
+
+def _situation(input: Tensor, weight: Tensor, layer: Layer) -> _Situation:
     format = conv_memory_format(input, weight)
-    shape = (input.shape[0], weight.shape[0], *windows.output)
-    if not channels_innermost(torch.Size(shape), format) or format is torch.contiguous_format:
+    innermost = layer.windows.pixels == 1 or layer.filters > 1
+    tf32 = input.dtype != torch.float32 or INTERPRETED or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    gpu = input.device.index if input.device.type == "cuda" else None
+    return _Situation(input.dtype, innermost and format is not torch.contiguous_format, tf32, gpu)
+
+
+@lru_cache(maxsize=4096)
+def _why_no_product(layer: Layer, situation: _Situation) -> str | None:
+    """Why the layer is none for the tensor cores' matrix products, or None."""
+    if not situation.channels_last:
         return "the maps are not in channels_last"
-    if input.dtype == torch.float64:
+    if situation.dtype == torch.float64:
         return "tensor cores take no float64"
-    if input.dtype == torch.float32 and not INTERPRETED and torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if not situation.tf32:
         return "float32 without TF32 (torch.backends.cudnn.allow_tf32) is none for tensor cores"
-    if groups > 1 and (min(weight.shape[0] // groups, weight.shape[1]) < _LEAST_GROUP or weight.shape[0] // groups % 8):
+    smallest = min(layer.group_filters, layer.group_channels)
+    if layer.groups > 1 and (smallest < _LEAST_GROUP or layer.group_filters % 8):
         return f"groups have fewer than {_LEAST_GROUP} channels or filters, or filters that are no multiple of 8"
-    if input.numel() == 0 or weight.numel() == 0:
+    if layer.input_rows * layer.channels * layer.filters == 0:
         return "there is nothing to compute"
-    if windows.taps > MAX_TAPS:
+    if layer.windows.taps > MAX_TAPS:
         return f"the kernel has more than {MAX_TAPS} taps"
-    if input.shape[0] * windows.pixels > MAX_ROWS:
-        return f"there are more than {MAX_ROWS} output pixels"
+    if max(layer.rows, layer.input_rows) > MAX_ROWS:
+        return f"input or output have more than {MAX_ROWS} pixels"
+    if not has_tile(layer, False, device_at(situation.gpu)):
+        return "the GPU has too little shared memory for a tile"
     return None
 
 
-def _choose(input: Tensor, weight: Tensor, windows: Windows, groups: int, centred: bool) -> tuple[str, str]:
-    no_product = _why_no_product(input, weight, windows, groups)
-    no_tile = no_product or (None if held_rows(windows) else "a map is larger than a tile")
-    not_direct = why_not_direct(input, weight, windows, groups)
-    obstacles = {"fused": no_product, "held": no_tile, "direct": not_direct, "two passes": None}
+@lru_cache(maxsize=4096)
+def _choose(layer: Layer, situation: _Situation, centred: bool, preferred: str | None) -> tuple[str, str]:
+    no_product = _why_no_product(layer, situation)
+    obstacles = {"fused": no_product, "held": no_product, "direct": why_not_direct(layer), "two passes": None}
+    if no_product is None and not has_tile(layer, True, device_at(situation.gpu)):
+        obstacles["held"] = "no tile holds a map"
+    if not situation.channels_last:
+        obstacles["direct"] = no_product
     possible = [name for name in ALGORITHMS if obstacles[name] is None]
-    if _preferred in possible:
-        return _preferred, "preferred"
-    if possible == ["two passes"]:
-        return "two passes", no_product
+    if preferred in possible:
+        return preferred, "preferred"
     if not centred and "fused" in possible:
         return "fused", "nothing is centred"
-    layer = Layer(input.shape[0], input.shape[1], weight.shape[0], groups, windows, input.element_size())
-    predicted = seconds(layer, ceilings_of(input))
+    if layer.group_channels > 1 and "direct" in possible:
+        # It gathers channels one by one; its time is not predicted.
+        possible.remove("direct")
+    if possible == ["two passes"]:
+        return "two passes", no_product
+    predicted = seconds(layer, ceilings_of(device_at(situation.gpu)))
     return min(possible, key=predicted.__getitem__), "the least of what bytes and operations let it take"
 
 
@@ -100,8 +136,8 @@ def algorithm(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> tuple[str, str]:
     """The one of ``ALGORITHMS`` that the forward pass of a centred layer takes, and why."""
-    windows = conv_windows(input, weight, stride, padding, dilation, groups)
-    return _choose(input, weight, windows, groups, centred=True)
+    layer = layer_of(input, weight, stride, padding, dilation, groups)
+    return _choose(layer, _situation(input, weight, layer), True, _preferred)
 
 
 _WORDS = {
@@ -125,10 +161,10 @@ def conv_center(
     check_dtype(input)
     check_activation(activation)
     check_device(input, weight=weight)
-    windows = conv_windows(input, weight, stride, padding, dilation, groups)
+    layer = layer_of(input, weight, stride, padding, dilation, groups)
     format = conv_memory_format(input, weight)
     vectors = vectors_of(input, weight.shape[0], gain, mean_scale, constant, bias)
-    chosen, _ = _choose(input, weight, windows, groups, vectors.centred)
+    chosen, _ = _choose(layer, _situation(input, weight, layer), vectors.centred, _preferred)
     if chosen == "two passes":
         zeros = [0] * len(stride)
         z = torch.ops.aten.convolution(dense(input), weight, None, stride, padding, dilation, False, zeros, groups)
@@ -136,13 +172,13 @@ def conv_center(
         map_mean, saved, _ = centre_maps(z, z, format, vectors, residual, activation, slope, save, mean_of_scaled=True)
         return z, map_mean, saved
     x, w = (tensor.contiguous(memory_format=format) for tensor in (input, weight))
-    shape = (x.shape[0], w.shape[0], *windows.output[5 - x.dim() :])
+    shape = (x.shape[0], w.shape[0], *layer.windows.output[5 - x.dim() :])
     residual = residual_of(residual, shape, x, format)
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
     _, map_mean, saved = center_results(output, format, vectors.centred, activation, save)
     bits = saved if save and activation in activations.PIECEWISE else None
     pre_activation = saved if save and activation in activations.SMOOTH else None
-    arguments = (x, w, vectors, residual, windows, groups, activation, slope, output, map_mean, bits, pre_activation)
+    arguments = (x, w, vectors, residual, layer, activation, slope, output, map_mean, bits, pre_activation)
     if chosen == "direct":
         convolve_groups(*arguments)
     else:
@@ -157,14 +193,15 @@ def conv_center_backward(
     wants_input, wants_weight, wants_gain, wants_mean_scale, wants_bias, wants_residual = mask
     check_dtype(input)
     check_device(grad_output, input=input, weight=weight)
-    windows = conv_windows(input, weight, stride, padding, dilation, groups)
-    check_grad_output(grad_output, input, weight, windows)
+    layer = layer_of(input, weight, stride, padding, dilation, groups)
+    check_grad_output(grad_output, input, weight, layer.windows)
     format = conv_memory_format(input, weight)
     vectors = vectors_of(input, weight.shape[0], gain, mean_scale, constant, None)
     through_weight = wants_weight or wants_gain
     wanted = Wanted(wants_input or through_weight, wants_residual, wants_mean_scale or wants_bias, False)
     error = center_error(grad_output, None, None, vectors, saved, activation, slope, format, wanted)
-    product = through_weight and _preferred != "two passes" and _why_no_product(input, weight, windows, groups) is None
+    own_product = through_weight and _preferred != "two passes"
+    product = own_product and _why_no_product(layer, _situation(input, weight, layer)) is None
 
     grad_input = grad_weight = grad_gain = None
     if wants_input or (through_weight and not product):
@@ -178,7 +215,7 @@ def conv_center_backward(
     factor, taken_off = (vectors.gain, projection) if wants_weight else (None, 0.0)
     if product:
         x = input.contiguous(memory_format=format)
-        partials = weight_grad_partials(x, error.grad_input, windows, groups)
+        partials = weight_grad_partials(x, error.grad_input, layer)
         grad_weight, grad_gain = finish(partials, dense(weight), factor, taken_off, wants_gain)
     elif through_weight:
         grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))

@@ -9,17 +9,15 @@ Moved: the input (taps overlap in the cache), residual, and the output, once eac
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ops import channels_innermost, conv_memory_format
 from . import geometry
 from .activation import activate, pack_bits, passes
-from .geometry import first_seen, in_units, seen_by
+from .geometry import Layer, first_seen, in_units, seen_by
 from .launch import ceil_divide, on
-from .tensors import Vectors, Windows
+from .tensors import Vectors
 
 _MOST_CHANNELS = 8  # of a group
 _MOST_PIXELS = 4096  # of a map: where one is not held, a program goes through it chunk by chunk
@@ -30,7 +28,7 @@ _NUMBERS, _LARGEST = 8, 4096
 
 @triton.jit
 def _sums(
-    maps, kernels, p, of_group, exists_o, channels, group_channels,
+    maps, kernels, p, of_group, exists_o, channels, filters, group_channels,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
@@ -57,7 +55,7 @@ def _sums(
                 )  # fmt: skip
                 seen = (row + distance)[:, None] * channels + (of_group + c)[None, :]
                 x = tl.load(maps + seen, exists & inside[:, None], 0.0)
-                k = tl.load(kernels + tap * group_channels + c, exists_o, 0.0)
+                k = tl.load(kernels + (tap * group_channels + c) * filters, exists_o, 0.0)
                 acc += x.to(ACC) * k.to(ACC)[None, :]
     return acc
 
@@ -72,7 +70,7 @@ def _finish(
     exists_p = p < pixels
     exists = exists_p[:, None] & exists_o[None, :]
     acc = (acc - shift[None, :]) * scale[None, :] + offset[None, :]
-    row = (sample * pixels + p).to(INDEX)[:, None]
+    row = (sample.to(INDEX) * pixels + p)[:, None]
     at = row * filters + o[None, :]
     if residual is not None:
         acc += tl.load(residual + at, exists, 0.0).to(acc.dtype)
@@ -99,14 +97,13 @@ def _convolve_groups(
     UNIT: tl.constexpr, INDEX: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     ACC: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     channels, filters = in_units(channels, UNIT), in_units(filters, UNIT)
     sample = tl.program_id(0) // tl.cdiv(filters, COLUMNS)
     o = tl.program_id(0) % tl.cdiv(filters, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     exists_o = o < filters
-    maps = input + (sample * (size_d * size_h * size_w)).to(INDEX) * channels
-    kernels = weight + o * (TAPS * group_channels)
+    maps = input + sample.to(INDEX) * (size_d * size_h * size_w) * channels
+    kernels = weight + o
     of_group = o // group_filters * group_channels
     scale, offset = tl.full((COLUMNS,), 1.0, ACC), tl.zeros((COLUMNS,), ACC)
     if gain is not None:
@@ -117,7 +114,7 @@ def _convolve_groups(
     if HELD:
         p = tl.arange(0, ROWS)
         acc = _sums(
-            maps, kernels, p, of_group, exists_o, channels, group_channels,
+            maps, kernels, p, of_group, exists_o, channels, filters, group_channels,
             pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
             size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
             PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
@@ -127,7 +124,7 @@ def _convolve_groups(
         for begin in range(0, pixels, ROWS):
             p = begin + tl.arange(0, ROWS)
             acc = _sums(
-                maps, kernels, p, of_group, exists_o, channels, group_channels,
+                maps, kernels, p, of_group, exists_o, channels, filters, group_channels,
                 pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
                 size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
                 PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
@@ -135,7 +132,11 @@ def _convolve_groups(
             total += tl.sum(acc, 0)
     shift = tl.zeros((COLUMNS,), ACC)
     if map_mean is not None:
-        shift = total / pixels.to(ACC)
+        count = tl.cast(pixels, ACC)
+        if tl.float32 == ACC:
+            shift = tl.div_rn(total, count)
+        else:
+            shift = total / count
         tl.store(map_mean + sample.to(tl.int64) * filters + o, shift * scale, exists_o)
         if mean_scale is not None:
             shift *= tl.load(mean_scale + o, exists_o, 0.0)
@@ -149,7 +150,7 @@ def _convolve_groups(
         for begin in range(0, pixels, ROWS):
             p = begin + tl.arange(0, ROWS)
             acc = _sums(
-                maps, kernels, p, of_group, exists_o, channels, group_channels,
+                maps, kernels, p, of_group, exists_o, channels, filters, group_channels,
                 pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
                 size_d, size_h, size_w, KERNEL_D, KERNEL_H, KERNEL_W, STRIDE_D, STRIDE_H, STRIDE_W,
                 PADDING_D, PADDING_H, PADDING_W, DILATION_D, DILATION_H, DILATION_W, ACC,
@@ -160,19 +161,22 @@ def _convolve_groups(
             )  # fmt: skip
 
 
-def why_not_direct(input: Tensor, weight: Tensor, windows: Windows, groups: int) -> str | None:
-    """Why a layer is none for ``convolve_groups``, or None."""
-    format = conv_memory_format(input, weight)
-    shape = torch.Size((input.shape[0], weight.shape[0], *windows.output))
-    if groups == 1 or weight.shape[1] > _MOST_CHANNELS:
+def why_not_direct(layer: Layer) -> str | None:
+    """Why a layer in channels_last is none for ``convolve_groups``, or None."""
+    if layer.groups == 1 or layer.group_channels > _MOST_CHANNELS:
         return f"groups have more than {_MOST_CHANNELS} channels"
-    if not channels_innermost(shape, format) or format is torch.contiguous_format:
-        return "the maps are not in channels_last"
-    if windows.pixels > _MOST_PIXELS:
+    if layer.windows.pixels > _MOST_PIXELS:
         return f"a map of the output has more than {_MOST_PIXELS} pixels"
-    if input.numel() == 0:
+    if layer.input_rows * layer.channels * layer.filters == 0:
         return "there is nothing to compute"
     return None
+
+
+def loads(layer: Layer) -> int:
+    """Numbers of the input that ``convolve_groups`` loads, mostly from caches; where maps are not held, twice."""
+    pixels = layer.windows.pixels
+    rows, _, _ = tile(pixels, layer.filters, layer.group_channels, layer.itemsize)
+    return layer.rows * layer.filters * layer.windows.taps * layer.group_channels * (1 if pixels <= rows else 2)
 
 
 def tile(pixels: int, filters: int, group_channels: int, itemsize: int) -> tuple[int, int, int]:
@@ -188,16 +192,18 @@ def tile(pixels: int, filters: int, group_channels: int, itemsize: int) -> tuple
 
 
 def convolve_groups(
-    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, windows: Windows, groups: int,
+    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, layer: Layer,
     activation: str, slope: float, output: Tensor, map_mean: Tensor, bits: Tensor | None, pre_activation: Tensor | None,
 ) -> None:  # fmt: skip
     """As ``conv_forward.convolve``, for what ``why_not_direct`` has nothing against; float64 too."""
-    samples, channels = x.shape[:2]
-    filters, group_channels = weight.shape[:2]
+    samples, channels, filters, groups, windows, _ = layer
+    group_channels = layer.group_channels
     rows, columns, warps = tile(windows.pixels, filters, group_channels, x.element_size())
+    # Filters innermost, so that neighbours load them together.
+    by_tap = weight.permute(*range(2, weight.dim()), 1, 0).contiguous()
     with on(x):
         _convolve_groups[(samples * ceil_divide(filters, columns),)](
-            x, weight, vectors.gain, vectors.mean_scale, vectors.bias, residual, output,
+            x, by_tap, vectors.gain, vectors.mean_scale, vectors.bias, residual, output,
             map_mean if vectors.centred else None, bits, pre_activation,
             channels, filters, group_channels, filters // groups,
             *geometry.numbers(windows),

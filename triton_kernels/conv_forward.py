@@ -20,10 +20,10 @@ from torch import Tensor
 from . import geometry
 from .activation import activate, pack_bits, passes
 from .division import divide
-from .geometry import first_seen, in_units, load, seen_by, taps_inside
-from .launch import ceil_divide, on
+from .geometry import Layer, first_seen, in_units, load, seen_by, taps_inside
+from .launch import INTERPRETED, Device, ceil_divide, on
 from .tensors import Vectors, Windows
-from .tuning import Product, forward_configs, tuned
+from .tuning import FORWARD_TILES, Product, Tile, pick, rank
 from .window_mean import window_means
 
 # The 32-bit indices of rows must hold the last tile's too, and one word a bit for each tap.
@@ -101,7 +101,7 @@ def _finish(
     if HELD > 0:
         SAMPLES: tl.constexpr = ROWS // HELD
         maps = tl.reshape(tl.where(inside_m[:, None], acc, 0.0), (SAMPLES, HELD, WIDTH))
-        mean = tl.sum(maps, 1) / pixels
+        mean = tl.div_rn(tl.sum(maps, 1), tl.cast(pixels, tl.float32))
         sample = tl.min(tl.reshape(n, (SAMPLES, HELD)), 1)
         at = sample.to(tl.int64)[:, None] * filters + column[None, :]
         tl.store(map_mean + at, mean, (sample < samples)[:, None] & inside_o[None, :])
@@ -125,27 +125,10 @@ def _finish(
         tl.store(row + eighth[None, :], packed, inside_m[:, None] & (eighth < tl.cdiv(group_filters, 8))[None, :])
 
 
-def _product(arguments: dict) -> Product:
-    taps = arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
-    held = arguments["HELD"]
-    return Product(
-        rows=arguments["samples"] * held if held else arguments["samples"] * arguments["pixels"],
-        columns=arguments["group_filters"],
-        runs=taps,
-        length=arguments["group_channels"],
-        count=arguments["channels"] // arguments["group_channels"],
-        itemsize=arguments["input"].element_size(),
-        run=arguments["CHANNELS_UNIT"],
-        whole=held,
-    )
-
-
-@tuned(forward_configs(), ["HELD"], _product)
-@triton.heuristics({"EVEN_K": lambda arguments: arguments["group_channels"] % arguments["BLOCK_K"] == 0})
-@triton.jit(do_not_specialize=["rows_log2"])
+@triton.jit
 def _convolve(
     input, weight, gain, mean_scale, beta, bias, residual, output, map_mean, bits, pre_activation,
-    rows_log2, samples, channels, group_channels, group_filters,
+    samples, channels, group_channels, group_filters,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
     HELD: tl.constexpr,
@@ -261,7 +244,19 @@ _FEW_CHANNELS = 16
 # Samples and filters of a tile of means.
 _MEANS_N, _MEANS_O = 16, 64
 # A tile holds whole maps up to so many pixels.
-_MOST_HELD = max(config.kwargs["BLOCK_M"] for config in forward_configs())
+_MOST_HELD = max(tile.m for tile in FORWARD_TILES)
+
+
+def means_moved(layer: Layer) -> int:
+    """Bytes that the means of maps take which are not held: the input once, its window means out, and the tiles of
+    their product with the weights."""
+    means = 4 * layer.samples * layer.windows.taps * layer.channels
+    weights = layer.filters * layer.group_channels * layer.windows.taps * layer.itemsize
+    return (
+        layer.input_rows * layer.channels * layer.itemsize
+        + means * (1 + ceil_divide(layer.group_filters, _MEANS_O))
+        + weights * ceil_divide(layer.samples, _MEANS_N)
+    )
 
 
 def held_rows(windows: Windows) -> int:
@@ -270,62 +265,73 @@ def held_rows(windows: Windows) -> int:
     return rows if rows <= _MOST_HELD else 0
 
 
-def means_moved(samples: int, channels: int, filters: int, groups: int, windows: Windows, itemsize: int) -> int:
-    """Bytes that the means of maps take which are not held: the input once, its window means out, and the tiles of
-    their product with the weights."""
-    depth, height, width = windows.size
-    means = 4 * samples * windows.taps * channels
-    weights = filters * channels // groups * windows.taps * itemsize
-    return (
-        samples * channels * depth * height * width * itemsize
-        + means * (1 + ceil_divide(filters // groups, _MEANS_O))
-        + weights * ceil_divide(samples, _MEANS_N)
+def has_tile(layer: Layer, held: bool, device: Device) -> bool:
+    """Whether the GPU has room for a tile, one that holds a map if ``held``."""
+    whole = held_rows(layer.windows) if held else 0
+    if held and not whole:
+        return False
+    return bool(rank(FORWARD_TILES, _product(layer, whole), device))
+
+
+def _shares_taps(layer: Layer) -> bool:
+    return layer.group_channels < _FEW_CHANNELS and not layer.windows.is_pointwise
+
+
+def _product(layer: Layer, whole: int) -> Product:
+    return Product(
+        rows=layer.samples * whole if whole else layer.rows,
+        columns=layer.group_filters,
+        runs=layer.windows.taps,
+        length=layer.group_channels,
+        count=layer.groups,
+        itemsize=layer.itemsize,
+        stored=layer.itemsize,
+        run=geometry.unit(layer.channels, layer.group_channels),
+        whole=whole,
     )
 
 
 def convolve(
-    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, windows: Windows, groups: int,
+    x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None, layer: Layer,
     activation: str, slope: float, output: Tensor, map_mean: Tensor, bits: Tensor | None, pre_activation: Tensor | None,
     held: bool,
 ) -> None:  # fmt: skip
     """Write ``output`` (N, O, *spatial), ``map_mean`` (N, O) where the maps are centred, and what backward keeps.
 
-    All tensors of maps and the weight are dense in channels_last, float32 or 16 bits; ``windows.pixels`` times N is at
-    most ``MAX_ROWS``. ``held``: tiles hold whole maps and take the means themselves, as ``held_rows`` lets them.
+    All tensors of maps and the weight are dense in channels_last, float32 or 16 bits; input and output have at most
+    ``MAX_ROWS`` pixels in all samples. ``held``: tiles hold whole maps and take the means themselves, as ``has_tile``
+    lets them.
     """
-    samples, channels = x.shape[:2]
-    filters, group_channels = weight.shape[:2]
-    group_filters = filters // groups
+    samples, channels, filters, groups, windows, _ = layer
+    group_channels, group_filters = layer.group_channels, layer.group_filters
     whole = held_rows(windows) if held and vectors.centred else 0
     beta = None
     with on(x):
         if vectors.centred and not whole:
             means = window_means(x, windows)
             beta = torch.empty_like(map_mean)
-            _mean_of_maps[
-                ceil_divide(samples, _MEANS_N), ceil_divide(group_filters, _MEANS_O), groups
-            ](
+            _mean_of_maps[ceil_divide(samples, _MEANS_N), ceil_divide(group_filters, _MEANS_O), groups](
                 means, weight, vectors.gain, vectors.mean_scale, vectors.bias, map_mean, beta,
                 samples, channels, group_channels, group_filters,
                 TAPS=windows.taps, PRECISION="tf32x3", BLOCK_N=_MEANS_N, BLOCK_O=_MEANS_O, BLOCK_K=64,
                 num_warps=4, num_stages=3,
             )  # fmt: skip
 
-        def grid(blocks: dict) -> tuple[int, int]:
-            m = blocks["BLOCK_M"]
-            tiles = ceil_divide(samples, m // whole) if whole else ceil_divide(samples * windows.pixels, m)
-            return tiles * ceil_divide(group_filters, blocks["BLOCK_N"]), groups
+        def launch(tile: Tile) -> None:
+            tiles = ceil_divide(samples, tile.m // whole) if whole else ceil_divide(layer.rows, tile.m)
+            _convolve[tiles * ceil_divide(group_filters, tile.n), groups](
+                x, weight, vectors.gain, vectors.mean_scale if whole else None, beta, vectors.bias, residual, output,
+                map_mean if whole else None, bits, pre_activation,
+                samples, channels, group_channels, group_filters, *geometry.numbers(windows),
+                HELD=whole, **geometry.constants(windows),
+                POINTWISE=windows.is_pointwise, FEW_CHANNELS=_shares_taps(layer),
+                CHANNELS_UNIT=geometry.unit(channels, group_channels),
+                FILTERS_UNIT=geometry.unit(filters, group_filters),
+                INDEX=geometry.index_type(x, output), ACTIVATION=activation, SLOPE=slope,
+                # Of the epilogue: 32 accumulators a thread at a time.
+                PARTS=max(1, tile.m * tile.n // (1024 * tile.warps)) if not INTERPRETED else 2,
+                GROUP_M=8, EVEN_K=group_channels % tile.k == 0, **tile.launch,
+            )  # fmt: skip
 
-        _convolve[grid](
-            x, weight, vectors.gain, vectors.mean_scale if whole else None, beta, vectors.bias, residual, output,
-            map_mean if whole else None, bits, pre_activation,
-            (samples * windows.pixels).bit_length(), samples, channels, group_channels, group_filters,
-            *geometry.numbers(windows),
-            HELD=whole,
-            **geometry.constants(windows),
-            POINTWISE=windows.is_pointwise,
-            FEW_CHANNELS=group_channels < _FEW_CHANNELS and not windows.is_pointwise,
-            CHANNELS_UNIT=geometry.unit(channels, group_channels), FILTERS_UNIT=geometry.unit(filters, group_filters),
-            INDEX=geometry.index_type(x, output),
-            ACTIVATION=activation, SLOPE=slope,
-        )  # fmt: skip
+        key = (*layer.tuning_key, whole)
+        launch(pick(_convolve, FORWARD_TILES, key, lambda: _product(layer, whole), x, launch))

@@ -17,47 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import geometry
-from .geometry import first_seen, in_units, load, seen_by
+from .geometry import Layer, first_seen, in_units, load, seen_by
 from .launch import INTERPRETED, ceil_divide, device_of, on
-from .tensors import Windows
-from .tuning import Product, tuned, weight_grad_configs
+from .tuning import WEIGHT_GRAD_TILES, Product, Tile, pick
 
 
-def _taps(arguments: dict) -> int:
-    return arguments["KERNEL_D"] * arguments["KERNEL_H"] * arguments["KERNEL_W"]
-
-
-def _columns(arguments: dict) -> int:
-    return arguments["group_channels"] * (_taps(arguments) if arguments["FEW_CHANNELS"] else 1)
-
-
-def _product(arguments: dict) -> Product:
-    taps_apart = 1 if arguments["FEW_CHANNELS"] else _taps(arguments)
-    return Product(
-        rows=arguments["group_filters"],
-        columns=_columns(arguments),
-        runs=1,
-        length=arguments["rows_of_split"],
-        count=arguments["splits"] * taps_apart * arguments["groups"],
-        itemsize=arguments["input"].element_size(),
-        run=min(arguments["CHANNELS_UNIT"], arguments["FILTERS_UNIT"]),
-        across=True,
-    )
-
-
-@tuned(weight_grad_configs(), [], _product)
-@triton.heuristics(
-    {
-        "EVEN_M": lambda arguments: arguments["group_filters"] % arguments["BLOCK_M"] == 0,
-        "EVEN_N": lambda arguments: _columns(arguments) % arguments["BLOCK_N"] == 0,
-        # Splits begin at multiples of the largest block.
-        "EVEN_K": lambda arguments: arguments["rows"] % arguments["BLOCK_K"] == 0,
-    }
-)
-@triton.jit(do_not_specialize=["rows_log2"])
+@triton.jit
 def _weight_grad(
     input, grad, partials,
-    rows_log2, rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
+    rows, rows_of_split, groups, channels, group_channels, group_filters,
     pixels, pixels_by, pixels_shift, plane, plane_by, plane_shift, width, width_by, width_shift,
     size_d, size_h, size_w,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
@@ -150,34 +118,52 @@ _FEW_CHANNELS = 32
 _TILE, _BLOCKS, _LEAST_ROWS = 128 * 64, 2, 512
 
 
-def weight_grad_partials(x: Tensor, grad: Tensor, windows: Windows, groups: int) -> Tensor:
+def _shares_taps(layer: Layer) -> bool:
+    return layer.group_channels < _FEW_CHANNELS and not layer.windows.is_pointwise
+
+
+def weight_grad_partials(x: Tensor, grad: Tensor, layer: Layer) -> Tensor:
     """(SPLITS, O, taps, C / groups) float32 whose sum over the first is ``conv_weight_grad(x, grad)``.
 
     ``x`` (N, C, *spatial) and ``grad`` (N, O, *output) dense in channels_last, float32 or 16 bits, with at most
-    ``conv_forward.MAX_ROWS`` output pixels.
+    ``conv_forward.MAX_ROWS`` pixels in all samples each.
     """
-    samples, channels = x.shape[:2]
-    filters = grad.shape[1]
-    group_channels, group_filters = channels // groups, filters // groups
-    rows = samples * windows.pixels
+    _, channels, filters, groups, windows, itemsize = layer
+    group_channels, group_filters, rows = layer.group_channels, layer.group_filters, layer.rows
     splits, rows_of_split = _split(rows, filters * windows.taps * group_channels, device_of(x).processors)
     partials = x.new_empty((splits, filters, windows.taps, group_channels), dtype=torch.float32)
-    few = group_channels < _FEW_CHANNELS and not windows.is_pointwise
+    few = _shares_taps(layer)
+    columns, taps_apart = (group_channels * windows.taps, 1) if few else (group_channels, windows.taps)
+    channels_unit, filters_unit = geometry.unit(channels, group_channels), geometry.unit(filters, group_filters)
 
-    def grid(blocks: dict) -> tuple[int]:
-        columns = windows.taps * group_channels if few else group_channels
-        tiles = ceil_divide(group_filters, blocks["BLOCK_M"]) * ceil_divide(columns, blocks["BLOCK_N"])
-        return (tiles * (1 if few else windows.taps) * groups * splits,)
+    def product() -> Product:
+        return Product(
+            rows=group_filters,
+            columns=columns,
+            runs=1,
+            length=rows_of_split,
+            count=splits * taps_apart * groups,
+            itemsize=itemsize,
+            stored=4,
+            run=min(channels_unit, filters_unit),
+            across=True,
+        )
+
+    def launch(tile: Tile) -> None:
+        tiles = ceil_divide(group_filters, tile.m) * ceil_divide(columns, tile.n)
+        _weight_grad[tiles * taps_apart * groups * splits,](
+            x, grad, partials,
+            rows, rows_of_split, groups, channels, group_channels, group_filters, *geometry.numbers(windows),
+            **geometry.constants(windows),
+            POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, CHANNELS_UNIT=channels_unit, FILTERS_UNIT=filters_unit,
+            INDEX=geometry.index_type(x, grad),
+            # Splits begin at multiples of the largest block.
+            EVEN_M=group_filters % tile.m == 0, EVEN_N=columns % tile.n == 0, EVEN_K=rows % tile.k == 0,
+            **tile.launch,
+        )  # fmt: skip
 
     with on(x):
-        _weight_grad[grid](
-            x, grad, partials,
-            rows.bit_length(), rows, rows_of_split, splits, groups, channels, group_channels, group_filters,
-            *geometry.numbers(windows),
-            **geometry.constants(windows),
-            POINTWISE=windows.is_pointwise, FEW_CHANNELS=few, INDEX=geometry.index_type(x, grad),
-            CHANNELS_UNIT=geometry.unit(channels, group_channels), FILTERS_UNIT=geometry.unit(filters, group_filters),
-        )  # fmt: skip
+        launch(pick(_weight_grad, WEIGHT_GRAD_TILES, layer.tuning_key, product, x, launch))
     return partials
 
 

@@ -6,6 +6,8 @@ A kernel takes ``numbers(windows)`` and ``constants(windows)`` by the names that
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,6 +17,41 @@ from .division import divide, division
 from .tensors import Windows
 
 
+class Layer(NamedTuple):
+    """A convolution, as far as numbers tell of it."""
+
+    samples: int
+    channels: int
+    filters: int
+    groups: int
+    windows: Windows
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the output of all samples."""
+        return self.samples * self.windows.pixels
+
+    @property
+    def input_rows(self) -> int:
+        depth, height, width = self.windows.size
+        return self.samples * depth * height * width
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        return self.filters // self.groups
+
+    @property
+    def tuning_key(self) -> tuple[object, ...]:
+        """Which layers share the tiles that were found for one: other batches up to the next power of two too."""
+        return self.rows.bit_length(), self._replace(samples=0)
+
+
+@lru_cache(maxsize=4096)
 def numbers(windows: Windows) -> tuple[int, ...]:
     """``pixels``, ``plane`` and ``width`` of the output, each with what it is divided by, and sizes of the input."""
     plane, width = windows.output[1] * windows.output[2], windows.output[2]
@@ -23,6 +60,7 @@ def numbers(windows: Windows) -> tuple[int, ...]:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def constants(windows: Windows) -> dict[str, int]:
     """``KERNEL``, ``STRIDE``, ``PADDING`` and ``DILATION``, each as ``_D``, ``_H`` and ``_W``."""
     fields = {
@@ -108,11 +146,12 @@ def taps_inside(
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """What ``seen_by`` tells of every tap, one bit of a word each."""
-    line = tl.full(w.shape, (1 << KERNEL_W) - 1, WORD)
-    if PADDING_W > 0:
-        line = tl.zeros(w.shape, WORD)
-        for k in tl.static_range(KERNEL_W):
+    line = tl.zeros(w.shape, WORD)
+    for k in tl.static_range(KERNEL_W):
+        if PADDING_W > 0:
             line |= _is_below(w + k * DILATION_W, size_w).to(WORD) << k
+        else:
+            line |= tl.full(w.shape, 1, WORD) << k
     plane = tl.zeros(w.shape, WORD)
     for k in tl.static_range(KERNEL_H):
         taps = line << (k * KERNEL_W)

@@ -24,17 +24,20 @@ class Device(NamedTuple):
     """Bytes that one block may have."""
 
 
-# What is planned for where kernels are interpreted.
+# An H100: what is planned for where there is none.
 _NO_DEVICE = Device(90, 132, 227 * 1024)
 
 
 def device_of(tensor: Tensor) -> Device:
     """The GPU that ``tensor`` is on."""
-    return _NO_DEVICE if INTERPRETED else _device(tensor.device.index)
+    return _NO_DEVICE if INTERPRETED else device_at(tensor.device.index)
 
 
 @cache
-def _device(index: int) -> Device:
+def device_at(index: int | None) -> Device:
+    """The GPU of an index; for None what is planned for where there is none."""
+    if index is None:
+        return _NO_DEVICE
     properties = torch.cuda.get_device_properties(index)
     return Device(
         10 * properties.major + properties.minor,

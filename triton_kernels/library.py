@@ -5,6 +5,9 @@ The schemas are those of ``csrc/ops.cpp``, word for word; they stand here too be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 
 from .center import center, center_backward, center_with_mean
@@ -56,7 +59,21 @@ _OPS = (
     ),
 )
 
+_IN_PLACE = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def _below_autograd(function: Callable[..., object]) -> Callable[..., object]:
+    """What an op is made of in PyTorch must not be recorded: its gradient is another op."""
+
+    @wraps(function)
+    def run(*arguments: object) -> object:
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_IN_PLACE):
+            return function(*arguments)
+
+    return run
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _function, _schema in _OPS:
     _library.define(_schema)
-    _library.impl(_function.__name__, _function, "CPU" if INTERPRETED else "CUDA")
+    _library.impl(_function.__name__, _below_autograd(_function), "CPU" if INTERPRETED else "CUDA")
