@@ -194,14 +194,15 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
     if (channels if channels_innermost else pixels) % 2:
         line = 16  # where no vectors can be loaded each element costs a thread an address and a mask
     if taps == 1:
-        slices, least = 1, 1
+        together, slices, least = 1, 1, 1
         most_pixels, most_channels = (128, line) if channels_innermost else (4 * line, 16)
     else:
+        most_taps = 32 if taps > 64 or dtype == torch.float64 else 64
+        together = min(most_taps, max(16, triton.next_power_of_2(taps)))
         slices, least = 4, 16
         most_pixels, most_channels = (32, line) if channels_innermost else (line, 16)
-        if taps > 16:  # registers hold the sums of all taps of a block
-            most_pixels, most_channels = 16, min(most_channels, 32)
-    most_taps = 32 if taps > 64 or dtype == torch.float64 else 64
+        if taps > 16:  # registers hold all sums of a block
+            most_pixels, most_channels = 16, min(most_channels, 1024 // together)
     block = min(most_pixels, max(least, triton.next_power_of_2(pixels) // slices))
     step = slices * block
     splits = launch.ceil_divide(pixels, _LONGEST_SUM)
@@ -209,7 +210,7 @@ def plan(dtype: torch.dtype, channels: int, pixels: int, channels_innermost: boo
     return Plan(
         launch.ceil_divide(pixels, length),
         length,
-        1 if taps == 1 else min(most_taps, max(16, triton.next_power_of_2(taps))),
+        together,
         slices,
         block,
         min(most_channels, max(least, triton.next_power_of_2(channels))),
