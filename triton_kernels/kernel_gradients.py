@@ -3,8 +3,8 @@
     dw = project(gain * dw'),  dgain = sum(weight * dw'),  project(g) = g - projection * mean over the taps of g
 
 A weight gradient is finished while its partial sums are added up: ``partials + weight + dw`` bytes, and without dgain
-not those of the weight. ``project_kernel_gradients_`` reads and writes each gradient once, all of a model that make
-the same tiles in one launch. A kernel that is too long for a tile is read twice.
+not those of the weight. ``project_kernel_gradients_`` reads and writes each gradient once, with one launch for each
+device, dtype and kind of tile (``_Tile``). A kernel that is too long for a tile is read twice.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from . import tensors
 from .launch import ceil_divide, on
 
 _TILE = 4096
-"""Elements of a gradient that a program has in registers at a time, half as many where it adds up splits."""
+"""Elements of a gradient that a program has in registers at a time, half as many where it finishes a filter."""
+_SUMMANDS = 8192
+"""Elements of partial sums that it has, of as many splits at a time."""
 _MOST_TAPS = 512
+_MOST_REGISTERS = 128
+"""Of a thread. Left alone, ptxas spills to have fewer, and 512 threads can have no more."""
 _TABLES = 64
 """Tables of gradients that are kept on devices."""
+_RESERVE = 1 << 15
+"""Numbers of tables that there is pinned memory for when a CUDA graph is captured, at least half of them."""
 
 
 @triton.jit
-def _offsets(rows, columns, stride, VECTOR: tl.constexpr):
-    """rows * stride + columns, known to count on over VECTOR columns from a multiple of VECTOR on."""
-    offsets = columns[None, :] + rows[:, None] * stride
+def _offsets(rows, columns, VECTOR: tl.constexpr):
+    """rows + columns, known to count on over VECTOR columns from a multiple of VECTOR on."""
+    offsets = columns[None, :] + rows[:, None]
     # What is said of a function's argument is lost when it is inlined, so it is said here.
     if VECTOR > 1:
         return tl.multiple_of(tl.max_contiguous(offsets, (1, VECTOR)), (1, VECTOR))
@@ -42,11 +48,11 @@ def _offsets(rows, columns, stride, VECTOR: tl.constexpr):
 
 @triton.jit
 def _of_filter(first, tap, channel, channels, taps, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets into the filter that begins at ``first``, taps down and channels across."""
+    """Offsets into the filter that begins at ``first``, or one for each row, taps down and channels across."""
     if CHANNELS_INNERMOST:
-        return _offsets(tap, first + channel, channels, VECTOR)
+        return _offsets(first + tap * channels, channel, VECTOR)
     else:
-        return _offsets(tap, first + channel * taps, 1, 1)
+        return _offsets(first + tap, channel * taps, 1)
 
 
 @triton.jit
@@ -56,23 +62,28 @@ def _inside(row, column, rows, columns, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _added(source, first, tap, channel, inside, channels, splits, split_stride, T: tl.constexpr,
-           CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """The sum of the splits, in fixed order."""
-    offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
-    sums = tl.load(source + offsets, inside, 0.0).to(SUM)
-    for _ in tl.range(1, splits, loop_unroll_factor=2):
-        first += split_stride
-        offsets = _of_filter(first, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
-        sums += tl.load(source + offsets, inside, 0.0).to(SUM)
-    return sums
+def _added(source, first, first_tap, channel, channels, splits, split_stride, T: tl.constexpr,
+           CHANNELS_INNERMOST: tl.constexpr, TAPS: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr,
+           VECTOR: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """The sum of the splits (TAPS, CHANNELS), in fixed order: every SPLITS-th, then the SPLITS sums."""
+    row = tl.arange(0, SPLITS * TAPS)
+    split = row // TAPS
+    tap = first_tap + row % TAPS
+    offsets = _of_filter(split * split_stride, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
+    sums = tl.zeros((SPLITS * TAPS, CHANNELS), SUM)
+    for first_split in tl.range(0, splits, SPLITS, loop_unroll_factor=2):
+        # A row without a split has no tap either.
+        inside = _inside(tl.where(split < splits - first_split, tap, T), channel, T, channels, VECTOR)
+        place = tl.multiple_of(first + first_split * split_stride.to(tl.int64), VECTOR)
+        sums += tl.load(source + place + offsets, inside, 0.0).to(SUM)
+    return tl.sum(tl.reshape(sums, (SPLITS, TAPS, CHANNELS)), 0)
 
 
 @triton.jit(do_not_specialize=("split_stride", "channels"))
-def finish_filter(
+def _finish_filter(
     source, target, weight, factor, divisor, dgain, projection: tl.float64, splits, split_stride, channels,
     T: tl.constexpr, PROJECT: tl.constexpr, SOURCE_INNERMOST: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr,
+    TAPS: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """target = project(factor * source) and dgain = sum(weight * source / divisor) of one filter.
 
@@ -81,7 +92,7 @@ def finish_filter(
     """
     SUM: tl.constexpr = tl.float64 if target.dtype.element_ty == tl.float64 else tl.float32
     filter = tl.program_id(0).to(tl.int64)
-    start = filter * T * channels
+    start = tl.multiple_of(filter * T * channels, VECTOR)
     # The number is not to make the rest float64.
     scale = tl.full((), 1.0, SUM)
     mean = (scale * projection).to(SUM) / T
@@ -94,15 +105,13 @@ def finish_filter(
         sums = tl.zeros((CHANNELS,), SUM)
         if T > TAPS and PROJECT:
             for first_tap in range(0, T, TAPS):
-                tap = first_tap + tl.arange(0, TAPS)
-                inside = _inside(tap, channel, T, channels, VECTOR)
-                sums += tl.sum(_added(source, start, tap, channel, inside, channels, splits, split_stride, T,
-                                       SOURCE_INNERMOST, VECTOR, SUM), 0)  # fmt: skip
+                sums += tl.sum(_added(source, start, first_tap, channel, channels, splits, split_stride, T,
+                                      SOURCE_INNERMOST, TAPS, CHANNELS, SPLITS, VECTOR, SUM), 0)  # fmt: skip
         for first_tap in range(0, T, TAPS):
             tap = first_tap + tl.arange(0, TAPS)
             inside = _inside(tap, channel, T, channels, VECTOR)
-            grads = _added(source, start, tap, channel, inside, channels, splits, split_stride, T, SOURCE_INNERMOST,
-                           VECTOR, SUM)  # fmt: skip
+            grads = _added(source, start, first_tap, channel, channels, splits, split_stride, T, SOURCE_INNERMOST,
+                           TAPS, CHANNELS, SPLITS, VECTOR, SUM)  # fmt: skip
             offsets = _of_filter(start, tap, channel, channels, T, CHANNELS_INNERMOST, VECTOR)
             if dgain is not None:
                 dots += tl.sum(grads * tl.load(weight + offsets, inside, 0.0).to(SUM), 0)
@@ -117,19 +126,19 @@ def finish_filter(
 
 
 @triton.jit(do_not_specialize=("rows", "length"))
-def scale_rows(weight, gain, scaled, rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def _scale_rows(weight, gain, scaled, rows, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """scaled = gain * weight, (rows, length); gain (rows). VECTOR divides the length."""
     blocks = tl.cdiv(length, BLOCK)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    offsets = _offsets(row.to(tl.int64), column, length, VECTOR)
+    offsets = _offsets(row.to(tl.int64) * length, column, VECTOR)
     inside = _inside(row, column, rows, length, VECTOR)
     gains = tl.load(gain + row, row < rows, 0.0)[:, None]
     tl.store(scaled + offsets, tl.load(weight + offsets, inside, 0.0).to(gains.dtype) * gains, inside)
 
 
 @triton.jit
-def project_tiles(
+def _project_tiles(
     table, projection: tl.float64, COUNT: tl.constexpr, DTYPE: tl.constexpr, TAPS: tl.constexpr,
     KERNELS: tl.constexpr, CHANNELS_INNERMOST: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -160,11 +169,11 @@ def project_tiles(
     if not WHOLE:
         for first_tap in range(0, taps, TAPS):
             tap = first_tap + tl.arange(0, TAPS)
-            pointers = gradient + _offsets(tap, start, stride, VECTOR)
+            pointers = gradient + _offsets(tap * stride, start, VECTOR)
             sums += tl.sum(tl.load(pointers, _inside(tap, kernel, taps, kernels, VECTOR), 0.0).to(SUM), 0)
     for first_tap in range(0, TAPS if WHOLE else taps, TAPS):
         tap = first_tap + tl.arange(0, TAPS)
-        pointers = gradient + _offsets(tap, start, stride, VECTOR)
+        pointers = gradient + _offsets(tap * stride, start, VECTOR)
         inside = _inside(tap, kernel, taps, kernels, VECTOR)
         grads = tl.load(pointers, inside, 0.0).to(SUM)
         if WHOLE:
@@ -199,13 +208,14 @@ def _finish(
     innermost = _innermost(target)
     tap_block = min(_MOST_TAPS, triton.next_power_of_2(taps))
     block = min(_TILE // 2 // tap_block, triton.next_power_of_2(channels))
+    split_block = min(_SUMMANDS // (tap_block * block), triton.next_power_of_2(splits))
     with on(target):
-        finish_filter[filters,](
+        _finish_filter[filters,](
             source, target, weight, factor, divisor, dgain, projection, splits, target.numel(), channels,
             T=taps, PROJECT=projection != 0.0 and taps > 1, SOURCE_INNERMOST=source_innermost,
-            CHANNELS_INNERMOST=innermost, TAPS=tap_block, CHANNELS=block,
-            VECTOR=_vector(channels, source, target, weight),
-            num_warps=max(1, min(8, tap_block * block // 256)),
+            CHANNELS_INNERMOST=innermost, TAPS=tap_block, CHANNELS=block, SPLITS=split_block,
+            VECTOR=min(block, _vector(channels, source, target, weight)),
+            num_warps=max(1, min(16, split_block * tap_block * block // 256)), maxnreg=_MOST_REGISTERS,
         )  # fmt: skip
     return dgain
 
@@ -245,7 +255,7 @@ def scale_filters(weight: Tensor, gain: Tensor) -> Tensor:
     rows, length = weight.shape[0], weight[0].numel()
     block = min(2048, triton.next_power_of_2(length))
     with on(weight):
-        scale_rows[ceil_divide(rows, 2048 // block) * ceil_divide(length, block),](
+        _scale_rows[ceil_divide(rows, 2048 // block) * ceil_divide(length, block),](
             weight, gain, scaled, rows, length, ROWS=2048 // block, BLOCK=block, VECTOR=_vector(length, weight, scaled),
             num_warps=4,
         )  # fmt: skip
@@ -277,34 +287,55 @@ class _Sent(NamedTuple):
 
 
 _sent: OrderedDict[tuple, _Sent] = OrderedDict()
-# CUDA graphs read what was there when they were captured.
-_captured: list[_Sent] = []
+# CUDA graphs read what was there when they were captured: a table, and from where they copy it if nothing has yet.
+_captured: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+# Pinned memory for the tables of graphs, since none can be had while one is captured.
+_reserve = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _on_device(rows: tuple[tuple[int, ...], ...], like: Tensor) -> Tensor:
     """The table on the device of ``like``; kept, since gradients mostly stay where they are from step to step."""
+    global _reserve
     if like.device.type != "cuda":
         return torch.tensor(rows, device=like.device)
-    stream = torch.cuda.current_stream(like.device)
-    capturing = torch.cuda.is_current_stream_capturing()
     key = (like.device, rows)
+    if torch.cuda.is_current_stream_capturing():
+        return _for_graph(key)
+    if _reserve.numel() < _RESERVE // 2:
+        _reserve = torch.empty(_RESERVE, dtype=torch.int64, device="cpu", pin_memory=True)
+    stream = torch.cuda.current_stream(like.device)
     sent = _sent.pop(key, None)
-    known = sent is not None
-    if not known:
-        host = torch.tensor(rows).pin_memory()
+    if sent is None:
+        host = torch.tensor(rows, device="cpu").pin_memory()
         sent = _Sent(host.to(like.device, non_blocking=True), host, stream, stream.record_event())
-    # What is only captured has not been copied yet.
-    if known or not capturing:
-        _sent[key] = sent
-        if len(_sent) > _TABLES:
-            _sent.popitem(last=False)
-    if capturing:
-        # A capture begins when the device has finished what it was given before.
-        _captured.append(sent)
-    elif sent.stream != stream:
+    _sent[key] = sent
+    if len(_sent) > _TABLES:
+        _sent.popitem(last=False)
+    if sent.stream != stream:
         stream.wait_event(sent.event)
         sent.table.record_stream(stream)
     return sent.table
+
+
+def _for_graph(key: tuple) -> Tensor:
+    """The table for the graph that is captured. Gradients that it allocates itself are where none were before."""
+    global _reserve
+    if key not in _captured:
+        device, rows = key
+        if key in _sent:
+            # A capture begins when the device has finished what it was given before.
+            _captured[key] = _sent[key].table, None
+        else:
+            numbers = torch.tensor(rows, device="cpu")
+            if _reserve.numel() < numbers.numel():
+                raise RuntimeError("project_kernel_gradients_: run one step before a CUDA graph is captured")
+            host, _reserve = _reserve[: numbers.numel()].view_as(numbers), _reserve[numbers.numel() :]
+            _captured[key] = torch.empty_like(numbers, device=device), host.copy_(numbers)
+    table, host = _captured[key]
+    if host is not None:
+        # In every graph, since any may run first.
+        table.copy_(host, non_blocking=True)
+    return table
 
 
 class _Tile(NamedTuple):
@@ -333,7 +364,7 @@ def _project(gradients: Sequence[Tensor], tile: _Tile, weight: float) -> None:
     entries += [(programs, 0, 0, 0, 0)] * (count - len(entries))
     first = gradients[0]
     with on(first):
-        project_tiles[programs,](
+        _project_tiles[programs,](
             _on_device(tuple(zip(*entries)), first), weight, COUNT=count, DTYPE=_TRITON[first.dtype], TAPS=tile.taps,
             KERNELS=per_program, CHANNELS_INNERMOST=tile.channels_innermost, VECTOR=tile.vector, WHOLE=tile.whole,
             num_warps=8,
@@ -348,20 +379,24 @@ _TRITON = {
 def project_kernel_gradients_(gradients: Sequence[Tensor], weight: float) -> None:
     changed = [g for g in gradients if g.dim() >= 3 and _taps(g) > 1 and g.numel() > 0]
     launches: dict[tuple, list[Tensor]] = {}
-    dense_gradients = []
+    dense_gradients: dict[tuple, Tensor] = {}
     times: dict[int, int] = {}
     for gradient in changed:
         tensors.check_dtype(gradient)
-        dense_gradients.append(tensors.dense(gradient))
+        dense = dense_gradients.setdefault(_view(gradient), tensors.dense(gradient))
         # The same gradient again waits for the launch that changes it.
-        place = dense_gradients[-1].data_ptr()
+        place = dense.data_ptr()
         times[place] = times.get(place, 0) + 1
-        tile = _tile_of(dense_gradients[-1])
-        alike = launches.setdefault((gradient.device, gradient.dtype, tile, times[place]), [])
-        alike.append(dense_gradients[-1])
+        launches.setdefault((gradient.device, gradient.dtype, _tile_of(dense), times[place]), []).append(dense)
     for (*_, tile, _), alike in launches.items():
         _project(alike, tile, weight)
-    for gradient, projected in zip(changed, dense_gradients):
-        if projected is not gradient:
+    for gradient in changed:
+        projected = dense_gradients[_view(gradient)]
+        if projected.data_ptr() != gradient.data_ptr():
             gradient.copy_(projected)
         tensors.mark_changed(gradient)
+
+
+def _view(tensor: Tensor) -> tuple:
+    """Equal for tensors that are the same numbers."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
