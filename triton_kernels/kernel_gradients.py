@@ -25,7 +25,7 @@ from .launch import ceil_divide, on
 _TILE = 4096
 """Elements of a gradient that a program has in registers at a time, half as many where it finishes a filter."""
 _SUMMANDS = 8192
-"""Elements of partial sums that it has, of as many splits at a time."""
+"""Elements of partial sums that it has, of as many splits at a time; half as many where each has its own address."""
 _MOST_TAPS = 512
 _MOST_REGISTERS = 128
 """Of a thread. Left alone, ptxas spills to have fewer, and 512 threads can have no more."""
@@ -208,14 +208,15 @@ def _finish(
     innermost = _innermost(target)
     tap_block = min(_MOST_TAPS, triton.next_power_of_2(taps))
     block = min(_TILE // 2 // tap_block, triton.next_power_of_2(channels))
-    split_block = min(_SUMMANDS // (tap_block * block), triton.next_power_of_2(splits))
+    vector = min(block, _vector(channels, source, target, weight))
+    summands = _SUMMANDS if vector > 1 else _SUMMANDS // 2
+    split_block = min(summands // (tap_block * block), triton.next_power_of_2(splits))
     with on(target):
         _finish_filter[filters,](
             source, target, weight, factor, divisor, dgain, projection, splits, target.numel(), channels,
             T=taps, PROJECT=projection != 0.0 and taps > 1, SOURCE_INNERMOST=source_innermost,
             CHANNELS_INNERMOST=innermost, TAPS=tap_block, CHANNELS=block, SPLITS=split_block,
-            VECTOR=min(block, _vector(channels, source, target, weight)),
-            num_warps=max(1, min(16, split_block * tap_block * block // 256)), maxnreg=_MOST_REGISTERS,
+            VECTOR=vector, num_warps=max(1, min(16, split_block * tap_block * block // 256)), maxnreg=_MOST_REGISTERS,
         )  # fmt: skip
     return dgain
 
