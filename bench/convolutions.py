@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepcontrol_cuda import backends
+from deepcontrol_cuda import backends, measured
 from deepcontrol_cuda.timing import Shape, Step, Times
 
 from . import peers, runner
@@ -42,6 +42,8 @@ class Row:
 
     setting: Setting
     shape: str
+    layer: str
+    """As in ``measured.Time``."""
     batch: int
     times: dict[str, Times]
     accuracies: dict[str, dict[str, Accuracy]]
@@ -119,7 +121,9 @@ def measure(shape: Shape, setting: Setting, batch: int, names: Sequence[str], cl
     # Each convolution by cuDNN's fastest way, which it finds in the first, untimed calls.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
         times = race(clock, contestants, rounds)
-    return Row(setting, str(shape), batch, times, accuracies, wrong)
+    kernel, stride = (shape.kernel_size,) * 2, (shape.stride,) * 2
+    layer = measured.layer(kernel, shape.in_channels, shape.out_channels, stride, shape.groups)
+    return Row(setting, str(shape), layer, batch, times, accuracies, wrong)
 
 
 def _by(backend: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 import torch
 from torch.utils import cpp_extension
 
-from deepcontrol_cuda import backends, proven
+from deepcontrol_cuda import backends, measured, proven
 from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
@@ -287,11 +287,11 @@ def measure(findings: Findings, progress: Progress, clock: Clock, names: Sequenc
 def _time_kernel(findings: Findings, case: Case, backend: str, clock: Clock, rounds: int) -> list[str]:
     """Of one backend; what is wrong."""
     try:
-        measured = kernels.measure(case, _library(backend), clock, rounds)
+        timed = kernels.measure(case, _library(backend), clock, rounds)
     except WrongResultError as error:
         findings.wrong[backend, case.op, case.dtype, case.layout] = str(error)
         return [str(error)]
-    findings.measured.setdefault(backend, []).append(measured)
+    findings.measured.setdefault(backend, []).append(timed)
     return []
 
 
@@ -375,8 +375,12 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
         proven.Proof(*key, gpu["capability"], gpu["name"], commit, date, backends._compiled[key[0]].kernels())
         for key in keys
     ]
-    others = [proof for proof in _read_proofs() if proof.capability != gpu["capability"]]
+    others = [proof for proof in _read(proven, "proofs") if proof.capability != gpu["capability"]]
     proven.write([*others, *proofs], proven.FILE)
+    times = layer_times(findings, gpu, path.name)
+    places = {(time.capability, time.dtype, time.layout, time.layer) for time in times}
+    others = [time for time in _read(measured, "times") if time.place not in places]
+    measured.write([*others, *times], measured.FILE)
     hardware.rewrite(hardware.FILE, gpu["name"], entries(findings, gpu["name"], commit))
     if findings.measured:
         print(f"\n{_measured_table(findings.measured)}\n")
@@ -386,15 +390,28 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
         print(f"{report.verdicts_table(found)}\n")
     total = len(findings.checked | findings.wrong)
     print(f"{len(keys)} of {total} combinations of backend, op, dtype and layout are proven.")
-    print(f"Written to {path}, {hardware.FILE} and {proven.FILE}")
+    print(f"Written to {path}, {hardware.FILE}, {proven.FILE} and {measured.FILE}")
 
 
-def _read_proofs() -> Sequence[proven.Proof]:
+def _read(table, what: str) -> Sequence:
+    """The rows of ``proven`` or ``measured``."""
     try:
-        return proven.read(proven.FILE)
+        return table.read(table.FILE)
     except (OSError, ValueError) as error:
-        print(f"The table of proofs could not be read and is made anew: {error}")
+        print(f"The table of {what} could not be read and is made anew: {error}")
         return ()
+
+
+def layer_times(findings: Findings, gpu: dict[str, str], result: str) -> list[measured.Time]:
+    """Of training, summed over the batches at which every backend was right and timed."""
+    sums: dict[tuple[str, ...], float] = {}
+    for row in findings.layers:
+        if row.setting.mode != "training" or row.wrong:
+            continue
+        for backend in row.accuracies:
+            key = (row.setting.dtype, row.setting.layout, row.layer, backend)
+            sums[key] = sums.get(key, 0.0) + row.times[backend].median
+    return [measured.Time(gpu["capability"], *key, seconds, gpu["name"], result) for key, seconds in sums.items()]
 
 
 def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[str, object]:
@@ -424,13 +441,13 @@ def _keyed(key: Key) -> dict[str, str]:
 def verdicts(findings: Findings) -> list[Verdict]:
     """Share of a copy for center and its backward, which have a target, and layers and gradients over their peers."""
     found = []
-    for name, measured in findings.measured.items():
+    for name, timed in findings.measured.items():
         for op in ("center", "center_backward"):
-            groups = {(m.case.variant, m.case.dtype, m.case.layout) for m in measured if m.case.op == op}
+            groups = {(m.case.variant, m.case.dtype, m.case.layout) for m in timed if m.case.op == op}
             for group in sorted(groups):
                 shares = [
                     m.share_of_copy
-                    for m in measured
+                    for m in timed
                     if (m.case.op, m.case.variant, m.case.dtype, m.case.layout) == (op, *group)
                 ]
                 what = f"{name}, {op}, {', '.join(group)}: share of a copy, geometric mean"

@@ -21,7 +21,7 @@ from bench.clock import WallClock, race
 from bench.gpu import Findings, Outcome
 from bench.kernels import Case
 from bench.runner import Accuracy, Setting, WrongResultError
-from deepcontrol_cuda import backends, proven
+from deepcontrol_cuda import backends, measured, proven
 from deepcontrol_cuda.timing import Shape
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
@@ -131,10 +131,10 @@ def test_bits_that_are_wrong_are_noticed():
 
 def test_a_kernel_is_timed_against_a_copy_of_as_many_bytes():
     case = Case("center", "relu, residual", "bfloat16", "channels_last", (2, 16, 7, 7))
-    measured = kernels.measure(case, torch.ops.deepcontrol, WallClock(), 3)
-    kernel, copy = measured.seconds["kernel"].median, measured.seconds["copy"].median
-    assert measured.bytes_per_second == case.bytes / kernel > 0
-    assert measured.share_of_copy == copy / kernel > 0
+    timed = kernels.measure(case, torch.ops.deepcontrol, WallClock(), 3)
+    kernel, copy = timed.seconds["kernel"].median, timed.seconds["copy"].median
+    assert timed.bytes_per_second == case.bytes / kernel > 0
+    assert timed.share_of_copy == copy / kernel > 0
 
 
 def test_contestants_take_turns():
@@ -200,8 +200,10 @@ def machine(monkeypatch, tmp_path):
     layer = (Shape(4, 8, 1, 4), Setting("bfloat16", "channels_last", "training"), 2)
     monkeypatch.setattr(gpu, "layers", lambda: [layer])
     monkeypatch.setattr(proven, "FILE", tmp_path / "proven.json")
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
     monkeypatch.setattr(hardware, "FILE", tmp_path / "hardware.md")
     proven.write([], proven.FILE)
+    measured.write([], measured.FILE)
     hardware.FILE.write_text(f"# Above\n\n{hardware.BEGIN}\n\n{hardware.table([])}\n\n{hardware.END}\n\nBelow\n")
     return tmp_path
 
@@ -229,6 +231,14 @@ def test_everything_is_written(machine, capsys):
     assert len(proofs) == 2 * (len(kernels.OPS) * 2 * 2 + 2 * 4 * 2)
     assert {(p.backend, p.op) for p in proofs} == set(itertools.product(hardware.BACKENDS, hardware.OPS))
     assert {p.kernels for p in proofs} == {"0"}
+
+    (row,) = run["layers"]
+    layer = measured.layer((1, 1), 4, 8, (1, 1), 1)
+    times = {time.backend: time for time in measured.read(measured.FILE)}
+    assert times.keys() == set(hardware.BACKENDS)
+    for backend, time in times.items():
+        assert time.place == ("9.0", "bfloat16", "channels_last", layer)
+        assert (time.seconds, time.gpu, time.result) == (row["times"][backend]["median"], H100["name"], name)
 
     text = hardware.FILE.read_text()
     assert text.startswith("# Above\n")

@@ -68,7 +68,7 @@ def tuner(monkeypatch, tmp_path):
 
     active = types.SimpleNamespace(get_benchmarker=lambda: benchmark)
     monkeypatch.setattr(tuning.triton.runtime.driver, "_active", active)
-    kernel = types.SimpleNamespace(cache_key="0123")
+    kernel = type("Kernel", (), {"cache_key": "0123"})()
 
     def pick(key=(1,)):
         return tuning.pick(kernel, tuning.FORWARD_TILES, key, lambda: SQUARE, torch.empty(1), tried.append)

@@ -438,8 +438,6 @@ def _cut(maps: Maps, plan: Plan) -> dict[str, int | bool]:
         "pixels": maps.pixels,
         "CHANNELS_INNERMOST": maps.channels_innermost,
         "UNIT": gcd(width, 16),
-        # Two programs of 256 threads fit with so many; left to itself ptxas spills to have four.
-        "maxnreg": 128 if plan.num_warps <= 8 else None,
         **plan._asdict(),
     }
 
@@ -508,6 +506,8 @@ def centre_maps(
             saved if save and activation in activations.SMOOTH else None,
             saved if save and activation in activations.PIECEWISE else None,
             MEAN_OF_SCALED=mean_of_scaled, ACTIVATION=activation, SLOPE=slope, **_cut(maps, cut),
+            # Left to itself ptxas spills a register or two to have four programs of 256 threads instead of three.
+            maxnreg=80 if activation in activations.SMOOTH and z.element_size() == 2 and cut.num_warps <= 8 else None,
         )  # fmt: skip
     if with_mean and not whole:
         # A map that is cut costs one more read.
