@@ -21,8 +21,8 @@ from .tensors import Vectors
 
 _MOST_CHANNELS = 8  # of a group
 _MOST_PIXELS = 4096  # of a map: where one is not held, a program goes through it chunk by chunk
-# Numbers of four bytes of a thread and of a tile. Wide loads take fewer registers, so with them a map that is held may
-# have twice as many of both; where groups have channels to gather, a tile has half as many.
+# Numbers of four bytes of a thread and of a tile. Few wide loads at a time take fewer registers: with them a map that is
+# held may have twice as many of both. Where groups have channels to gather, a tile has half as many.
 _NUMBERS, _LARGEST = 8, 4096
 
 
@@ -175,16 +175,18 @@ def why_not_direct(layer: Layer) -> str | None:
 def loads(layer: Layer) -> int:
     """Numbers of the input that ``convolve_groups`` loads, mostly from caches; where maps are not held, twice."""
     pixels = layer.windows.pixels
-    rows, _, _ = tile(pixels, layer.filters, layer.group_channels, layer.itemsize)
+    rows, _, _ = tile(layer)
     return layer.rows * layer.filters * layer.windows.taps * layer.group_channels * (1 if pixels <= rows else 2)
 
 
-def tile(pixels: int, filters: int, group_channels: int, itemsize: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) for maps of so many pixels: rows of 64 bytes, all pixels where they can be held."""
-    words = max(4, itemsize) // 4
-    columns = max(8, min(64 // itemsize, triton.next_power_of_2(filters)))
-    rows, wide = triton.next_power_of_2(pixels), group_channels == 1
-    largest, numbers = (2 * _LARGEST, 2 * _NUMBERS) if wide else (_LARGEST // 2, _NUMBERS)
+def tile(layer: Layer) -> tuple[int, int, int]:
+    """(ROWS, COLUMNS, warps): rows of 64 bytes, all pixels of a map where they can be held."""
+    words = max(4, layer.itemsize) // 4
+    columns = max(8, min(64 // layer.itemsize, triton.next_power_of_2(layer.filters)))
+    rows, wide = triton.next_power_of_2(layer.windows.pixels), layer.group_channels == 1
+    largest, numbers = (_LARGEST, _NUMBERS) if wide else (_LARGEST // 2, _NUMBERS)
+    if wide and layer.windows.kernel[2] <= 3:
+        largest, numbers = 2 * _LARGEST, 2 * _NUMBERS
     if rows * columns * words > largest:
         largest, numbers = min(_LARGEST, largest), _NUMBERS
         rows = largest // (columns * words)
@@ -198,7 +200,7 @@ def convolve_groups(
     """As ``conv_forward.convolve``, for what ``why_not_direct`` has nothing against; float64 too."""
     samples, channels, filters, groups, windows, _ = layer
     group_channels = layer.group_channels
-    rows, columns, warps = tile(windows.pixels, filters, group_channels, x.element_size())
+    rows, columns, warps = tile(layer)
     # Filters innermost, so that neighbours load them together.
     by_tap = weight.permute(*range(2, weight.dim()), 1, 0).contiguous()
     with on(x):

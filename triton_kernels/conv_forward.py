@@ -314,7 +314,7 @@ def convolve(
                 means, weight, vectors.gain, vectors.mean_scale, vectors.bias, map_mean, beta,
                 samples, channels, group_channels, group_filters,
                 TAPS=windows.taps, PRECISION="tf32x3", BLOCK_N=_MEANS_N, BLOCK_O=_MEANS_O, BLOCK_K=64,
-                num_warps=4, num_stages=3,
+                num_warps=4, num_stages=3, maxnreg=255,
             )  # fmt: skip
 
         def launch(tile: Tile) -> None:

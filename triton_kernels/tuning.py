@@ -206,7 +206,9 @@ def _fits(tile: Tile, product: Product, device: Device) -> bool:
         return True
     if k * product.itemsize > 128:
         return False
-    # Wide numbers and gathers take more registers for what is not summed, so fewer are left for sums.
+    # Wide numbers, gathers and means take registers, so fewer are left for sums.
+    if product.whole and n > 128:
+        return False
     threads = 32 * warps
     gathers = product.run * product.itemsize < 8
     if m * n // threads > (64 if product.itemsize == 4 or gathers else 128):
