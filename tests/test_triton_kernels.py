@@ -27,7 +27,10 @@ def test_schemas_are_those_of_the_extension(backend):
     assert sorted(schemas("deepcontrol_triton").values()) == sorted(schemas("deepcontrol").values())
 
 
-WORDS = {"fused": "one fused pass", "direct": "one direct pass", "two passes": "two passes"}
+WORDS = {
+    "fused": "one fused pass (", "held": "one fused pass that holds each map (", "direct": "one direct pass (",
+    "two passes": "two passes, ",
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -84,6 +87,7 @@ CASES = (
     Case("depthwise-strided", 16, 16, (8, 7), 3, stride=2, padding=1, groups=16, activation="relu6"),
     Case("depthwise-5x5-dilated", 8, 8, (9, 8), 5, padding=4, dilation=2, groups=8, activation="hardswish"),
     Case("depthwise-two-filters-a-channel", 10, 20, (6, 5), 3, padding=1, groups=10, activation="gelu"),
+    Case("depthwise-one-output-pixel", 8, 8, (3, 3), 3, groups=8),
     Case("1d", 16, 24, (19,), 3, stride=2, padding=1, activation="silu"),
     Case("3d", 16, 16, (3, 4, 5), 3, padding=1),
     Case("3d-one-tap", 16, 24, (2, 3, 4), 1, activation="leaky_relu"),
@@ -95,10 +99,11 @@ CONVOLUTIONS = {1: dc.functional.deep_control_conv1d, 2: dc.functional.deep_cont
 
 
 def check_convolution(
-    case: Case, backend: str, dtype: torch.dtype, channels_last: bool = True, mean_scale: float | None = None
-) -> None:
+    case: Case, backend: str, dtype: torch.dtype, channels_last: bool = True, mean_scale: float | None = None,
+    algorithm: str | None = None,
+) -> None:  # fmt: skip
     """Output and all gradients, within their budgets; in channels_last by the algorithm of the case and no other."""
-    algorithm = case.algorithm if channels_last else "two passes"
+    algorithm = algorithm or (case.algorithm if channels_last else "two passes")
     rank = len(case.size)
     kernel, stride, padding, dilation = (
         (value,) * rank if isinstance(value, int) else value
@@ -139,7 +144,14 @@ def some(*ids: str):
     return pytest.mark.parametrize("case", [BY_ID[id] for id in ids], ids=ids)
 
 
-@some("3x3", "one-tap-odd-channels", "two-groups", "depthwise")
+@some("one-tap-odd-channels", "3x3", "3x3-few-channels", "3x3-strided", "7x7-image", "one-output-pixel",
+      "one-pixel-in-and-out", "two-groups", "3d", "one-sample")  # fmt: skip
+def test_tiles_that_hold_maps(backend, case, poisoned_memory):
+    """Some maps to a tile, and rows of a tile that no map has."""
+    check_convolution(case._replace(batch=case.batch + 1), backend, torch.float32, algorithm="held")
+
+
+@some("one-tap-odd-channels", "two-groups", "depthwise")
 @pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
 # The interpreter multiplies no bfloat16 matrices.
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)

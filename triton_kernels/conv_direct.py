@@ -21,8 +21,8 @@ from .tensors import Vectors
 
 _MOST_CHANNELS = 8  # of a group
 _MOST_PIXELS = 4096  # of a map: where one is not held, a program goes through it chunk by chunk
-# Numbers of four bytes of a thread and of a tile. Few wide loads at a time take fewer registers: with them a map that is
-# held may have twice as many of both. Where groups have channels to gather, a tile has half as many.
+# Numbers of four bytes of a thread and of a tile. Few wide loads at a time take fewer registers: with them a map that
+# is held may have twice as many of both. Where groups have channels to gather, a tile has half as many.
 _NUMBERS, _LARGEST = 8, 4096
 
 
