@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from .tables import Table
+
 FILE = Path(__file__).with_name("proven.json")
-_FORMAT = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -40,35 +38,5 @@ class Proof:
         return f"proven on {self.gpu} (compute capability {self.capability}), commit {self.commit}, {self.date}"
 
 
-def read(path: Path) -> tuple[Proof, ...]:
-    """The proofs of a file; ``ValueError`` or ``OSError`` where it is not one of ours."""
-    names = {field.name for field in fields(Proof)}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format {content['format']!r}, wanted {_FORMAT}")
-        rows = content["proofs"]
-        if not all(row.keys() == names and all(isinstance(v, str) for v in row.values()) for row in rows):
-            raise ValueError(f"a proof that is not {', '.join(sorted(names))} as text")
-        return tuple(Proof(**row) for row in rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.name}: {error!r}") from error
-
-
-def read_or_warn(path: Path) -> tuple[Proof, ...]:
-    """The proofs of a file, or none and a warning: without them the reference runs, which is slow but right."""
-    try:
-        return read(path)
-    except (OSError, ValueError) as error:
-        warnings.warn(
-            f"deepcontrol_cuda takes no kernel for proven on any GPU, since its table of proofs cannot be read "
-            f"({error}); the package should be installed again",
-            stacklevel=2,
-        )
-        return ()
-
-
-def write(proofs: Iterable[Proof], path: Path) -> None:
-    """Make ``proofs`` the content of the file, sorted."""
-    text = json.dumps({"format": _FORMAT, "proofs": [asdict(proof) for proof in sorted(proofs)]}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+_TABLE = Table(Proof, "proofs", 2, "takes no kernel for proven on any GPU")
+read, read_or_warn, write = _TABLE.read, _TABLE.read_or_warn, _TABLE.write
