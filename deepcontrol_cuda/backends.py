@@ -232,7 +232,7 @@ def choose(
     requested: str | None = None,
     op: str = "conv_center",
     weight: Tensor | None = None,
-    stride: Sequence[int] = (1,),
+    stride: int | Sequence[int] = 1,
 ) -> str:
     """The backend that a call on ``input`` gets.
 
@@ -301,7 +301,7 @@ def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str, laye
 
 
 def _key(
-    input: Tensor, op: str, weight: Tensor | None, stride: Sequence[int]
+    input: Tensor, op: str, weight: Tensor | None, stride: int | Sequence[int]
 ) -> tuple[int, str, torch.dtype, str, _Layer | None]:
     layer = None
     if weight is not None:
@@ -309,9 +309,10 @@ def _key(
     return input.device.index, op, input.dtype, _layout(input, weight), layer
 
 
-def _each(values: Sequence[int], input: Tensor) -> tuple[int, ...]:
+def _each(values: int | Sequence[int], input: Tensor) -> tuple[int, ...]:
     """One for each spatial dimension."""
-    return tuple(values) * (input.dim() - 2) if len(values) == 1 else tuple(values)
+    values = (values,) if isinstance(values, int) else tuple(values)
+    return values * (input.dim() - 2) if len(values) == 1 else values
 
 
 def _fastest(
@@ -363,9 +364,9 @@ def explain(
     requested: str | None = None,
     op: str = "conv_center",
     weight: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> str:
     """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``.
@@ -373,6 +374,8 @@ def explain(
     Args:
         stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
     """
+    if op not in _PARTS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(_PARTS)}")
     name = choose(input, requested, op, weight, stride)
     why = _why(name, input, requested, op, weight, stride)
     detail = ""

@@ -129,7 +129,7 @@ def _choose(layer: Layer, situation: _Situation, centred: bool, preferred: str |
     if possible == ["two passes"]:
         return "two passes", no_product
     predicted = seconds(layer, ceilings_of(device_at(situation.gpu)))
-    return min(possible, key=predicted.__getitem__), "the least of what bytes and operations let it take"
+    return min(possible, key=predicted.__getitem__), "predicted fastest from bytes and operations, not timed"
 
 
 def algorithm(

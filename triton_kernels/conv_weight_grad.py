@@ -3,8 +3,8 @@
     partials[split, o, tap, c] = sum over the output pixels m of a split of grad[m, o] * input[row(m, tap), c]
 
 Everything is channels_last. Pixels are split among programs where there are too few tiles for the GPU; no two programs
-add to one number, so the sums are the same from run to run. Gain, its gradient and the projection are applied where the
-partials are added (``reference.finish_weight_grad``).
+add to one number, so with one tile the sums are the same from run to run. Gain, its gradient and the projection are
+applied where the partials are added (``reference.finish_weight_grad``).
 
 Moved: gradient and input once from memory (tiles that run together share them in the cache), partials out and in.
 """

@@ -1,6 +1,7 @@
 """The ops as the dispatcher sees them: what ``csrc/ops.cpp`` and the registrations of a backend are in C++.
 
-The schemas are those of ``csrc/ops.cpp``, word for word; they stand here too because this backend needs no compiler.
+The schemas are those of ``csrc/ops.cpp``, word for word; they stand here too because this backend works without the
+extension.
 """
 
 from __future__ import annotations

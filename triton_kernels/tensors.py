@@ -197,7 +197,10 @@ def conv_windows(
     """The geometry of a convolution; raises where the weight (O, C / groups, *kernel) does not fit the input."""
     fits = weight.dim() == input.dim() >= 3 and groups >= 1
     if not fits or weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups:
-        raise ValueError(f"weight: got shape {list(weight.shape)} for input {list(input.shape)} and {groups} groups")
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)} for input {list(input.shape)} and {groups} groups, wanted "
+            "(O, C / groups, *kernel) for an input (N, C, *spatial), O and C multiples of groups"
+        )
     if weight.dtype != input.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, wanted {input.dtype} as input is")
     return windows_of(input, weight.shape[2:], stride, padding, dilation)
