@@ -82,12 +82,11 @@ _INTERPRETED = """
         test_center and f32 and not large or test_center and residual-silu or large_maps and relu and f32
         or test_window_mean and f32 and not 3d-contiguous
         or project or one_pixel or edge or strange or raw_ops or no_channels or squeezed
-        or small_gains or in_place or drift and contiguous or bits_unpack or nan or bit_equal and contiguous
+        or small_gains or in_place or bits_unpack or nan or bit_equal and contiguous
         or a_sample_does_not
     )
     or test_autograd and (
-        derivatives and silu and channels_last or opcheck and channels_last or one_operand or project
-        or bytes_kept and contiguous
+        derivatives and silu and channels_last or one_operand or project or bytes_kept and contiguous
     )
 """
 # Processes that tests of the Triton backend wait for, by the file of the tests.
