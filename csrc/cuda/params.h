@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "conv_plan.h"
 #include "plan.h"
 
 namespace deepcontrol::cuda {
@@ -74,9 +75,75 @@ struct WindowMean {
   Dtype dtype;
   Windows windows;
   const void* input;
-  void* means;  // (N, C, *kernel), contiguous, of the input's dtype
+  bool for_product;  // (N, taps, C) in the accumulation type, else (N, C, *kernel) in the input's
+  void* means;       // contiguous
 };
 cudaError_t launch_window_mean(const WindowMean& p, const Device& device, cudaStream_t stream);
+
+// A convolution in one pass; everything is channels_last, so maps are rows of channels and filters rows of (tap, channel).
+// Vectors and means are float, in double for a direct kernel of f64.
+struct ConvForward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  bool centred;
+  int64_t samples, channels, filters, groups;
+  Windows windows;
+  const void* input;       // (N, *size, channels)
+  const void* weight;      // (filters, *kernel, channels / groups)
+  const void* residual;    // like output
+  const void* gain;        // (filters)
+  const void* mean_scale;  // (filters)
+  const void* bias;        // (filters)
+  const void* beta;        // (N, filters): what gain * z is shifted by, of plans whose means are known before; else null
+  void* output;            // (N, *output, filters)
+  void* map_mean;          // (N, filters), of plans that take the means themselves; null where nothing is centred
+  void* pre_activation;    // like output, for smooth activations
+  uint8_t* bits;           // rows of bits, for piecewise linear activations
+  void* workspace;         // plan.workspace bytes, aligned to 16
+
+  constexpr int64_t group_channels() const { return channels / groups; }
+  constexpr int64_t group_filters() const { return filters / groups; }
+  constexpr int64_t pixels() const { return windows.output[0] * windows.output[1] * windows.output[2]; }
+};
+cudaError_t launch_conv_sm80(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream);
+cudaError_t launch_conv_sm90(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream);
+cudaError_t launch_conv_direct(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream);
+
+// map_mean = gain * (window means times weight), beta = bias - mean_scale * map_mean.
+struct MeanOfMaps {
+  Dtype dtype;  // of the weight
+  double constant;
+  int64_t samples, channels, filters, groups, taps;
+  const void* window_means;  // (N, taps, channels), float
+  const void* weight;        // (filters, taps, channels / groups)
+  const void* gain;
+  const void* mean_scale;
+  const void* bias;
+  void* map_mean;  // (N, filters)
+  void* beta;      // (N, filters)
+};
+cudaError_t launch_mean_of_maps(const MeanOfMaps& p, cudaStream_t stream);
+
+// The gradient of a convolution's weight, with gain, dgain and projection; everything is channels_last.
+struct ConvWeightGrad {
+  Dtype dtype;
+  int64_t samples, channels, filters, groups;
+  Windows windows;
+  const void* input;        // (N, *size, channels)
+  const void* grad_output;  // (N, *output, filters), in front of the convolution's output
+  const void* weight;       // (filters, *kernel, channels / groups), for `dots`
+  const void* factor;       // (filters): the gradient is multiplied by it
+  double projection;        // and loses that much of its mean over the taps, if there is more than one tap
+  void* grad;               // like weight
+  void* dots;               // (filters): sum of weight * grad before that
+  void* workspace;          // plan.workspace bytes, aligned to 16
+
+  constexpr int64_t group_channels() const { return channels / groups; }
+  constexpr int64_t group_filters() const { return filters / groups; }
+};
+cudaError_t launch_conv_weight_grad(const ConvWeightGrad& p, const WeightGradPlan& plan, cudaStream_t stream);
 
 // scaled[o] = gain[o] * weight[o]; both dense alike, `length` elements a filter.
 struct ScaleFilters {
