@@ -38,6 +38,8 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "deepcontrol_cuda._C"
 GIBIBYTE = 2**30
+# Compute capability 9.0 with the instructions that no other has.
+SM90A = "9.0a"
 # -g0: CPython's own flags may ask for debug information, which makes the extension ten times as large.
 CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
@@ -109,12 +111,14 @@ def version_of(nvcc: str | None) -> str | None:
 def architectures(flags: str) -> str:
     """What TORCH_CUDA_ARCH_LIST is set to where the user has not: those that torch itself runs on, from 8.0 up.
 
-    ``flags`` is how torch was built, for instance "sm_75 sm_80 sm_90 compute_90". The newest also gets PTX, for GPUs
-    that come after it.
+    ``flags`` is how torch was built, for instance "sm_75 sm_80 sm_90 compute_90". 9.0 gets code with the instructions
+    that it alone has, the newest of the others also PTX, for GPUs that come after it.
     """
-    found = sorted({int(word[3:]) for word in flags.split() if word.startswith("sm_") and word[3:].isdigit()})
-    names = [f"{number // 10}.{number % 10}" for number in found if number >= 80]
-    return ";".join([*names[:-1], names[-1] + "+PTX"]) if names else "8.0;9.0+PTX"
+    found = {int(word[3:]) for word in flags.split() if word.startswith("sm_") and word[3:].isdigit()}
+    general = sorted(number for number in found if number >= 80 and number != 90) or [80]
+    names = [f"{number // 10}.{number % 10}" for number in general]
+    names[-1] += "+PTX"
+    return ";".join([*names, SM90A]) if 90 in found or len(found) == 0 else ";".join(names)
 
 
 def compile_jobs(cores: int, free_bytes: int | None) -> int:
@@ -140,12 +144,18 @@ def kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def macros(cuda: bool, wanted: str) -> list[tuple[str, None]]:
+    """What the sources are told; ``wanted`` is TORCH_CUDA_ARCH_LIST."""
+    has_sm90a = SM90A in wanted.replace("+PTX", "").replace(" ", ";").split(";")
+    return [(name, None) for name, told in (("DEEPCONTROL_CUDA", cuda), ("DEEPCONTROL_SM90A", has_sm90a)) if told]
+
+
 def extension(cuda: bool) -> Extension:
     # Plans are made without a GPU.
     patterns = [
         "csrc/*.cpp",
         "csrc/cpu/*.cpp",
-        *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else ["csrc/cuda/plan.cpp"]),
+        *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else ["csrc/cuda/*plan*.cpp"]),
     ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
@@ -155,7 +165,7 @@ def extension(cuda: bool) -> Extension:
             header for end in ("h", "cuh") for header in glob(f"csrc/**/*.{end}", root_dir=ROOT, recursive=True)
         ),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("DEEPCONTROL_CUDA", None)] if cuda else [],
+        define_macros=macros(cuda, os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp"],
     )

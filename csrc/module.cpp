@@ -1,20 +1,27 @@
 // Python module _C: loading it registers the ops; info() tells what was built and what runs.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "cuda/conv_plan.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
+
+static deepcontrol::Dtype dtype_named(const std::string& name) {
+  using deepcontrol::Dtype;
+  return name == "float64"    ? Dtype::f64
+         : name == "bfloat16" ? Dtype::bf16
+         : name == "float16"  ? Dtype::f16
+                              : Dtype::f32;
+}
 
 static py::dict plan_center(int64_t samples, int64_t channels, int64_t pixels, bool channels_innermost,
                             const std::string& dtype, bool backward, bool smooth, int capability, int processors,
                             int64_t shared_memory) {
   using namespace deepcontrol;
-  const Dtype of = dtype == "float64"    ? Dtype::f64
-                   : dtype == "bfloat16" ? Dtype::bf16
-                   : dtype == "float16"  ? Dtype::f16
-                                         : Dtype::f32;
+  const Dtype of = dtype_named(dtype);
   const Maps maps{samples, channels, pixels, channels_innermost};
   const cuda::CenterCase c{maps, of, true, true, backward && smooth ? 2 : 1, backward && !smooth, backward ? 2 : 1};
   const cuda::CenterPlan plan = cuda::plan_center(c, {capability, processors, shared_memory});
@@ -27,6 +34,78 @@ static py::dict plan_center(int64_t samples, int64_t channels, int64_t pixels, b
   result["cluster"] = plan.cluster;
   result["blocks"] = plan.blocks;
   result["shared"] = plan.shared;
+  return result;
+}
+
+using Three = std::array<int64_t, 3>;
+
+static py::dict plan_conv(int64_t samples, int64_t channels, int64_t filters, int64_t groups, const Three& size,
+                          const Three& kernel, const Three& stride, const Three& padding, const Three& dilation,
+                          const std::string& dtype, bool channels_innermost, bool centred, bool tf32, int capability,
+                          int processors, int64_t shared_memory, bool sm90a) {
+  using namespace deepcontrol;
+  cuda::ConvCase c{};
+  c.dtype = dtype_named(dtype);
+  c.samples = samples;
+  c.channels = channels;
+  c.filters = filters;
+  c.groups = groups;
+  for (int d = 0; d < 3; ++d) {
+    c.windows.size[d] = size[d];
+    c.windows.kernel[d] = kernel[d];
+    c.windows.stride[d] = stride[d];
+    c.windows.padding[d] = padding[d];
+    c.windows.dilation[d] = dilation[d];
+    c.windows.output[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  c.channels_innermost = channels_innermost;
+  c.aligned = true;
+  c.centred = centred;
+  c.tf32 = tf32;
+  const cuda::Device device{capability, processors, shared_memory, sm90a};
+  py::dict result, ways;
+  for (const cuda::Algorithm& algorithm : cuda::algorithms()) {
+    if (const auto obstacle = cuda::why_not(algorithm, c, device)) {
+      ways[algorithm.name] = *obstacle;
+      continue;
+    }
+    const cuda::ConvPlan plan = cuda::plan_conv(algorithm, c, device);
+    py::dict way;
+    way["seconds"] = plan.seconds;
+    way["held"] = plan.held;
+    way["rows"] = plan.rows;
+    way["columns"] = plan.columns;
+    way["stages"] = plan.stages;
+    way["cluster"] = plan.cluster;
+    way["samples"] = plan.samples;
+    way["used"] = plan.used;
+    way["splits"] = plan.splits;
+    way["shared_tile"] = plan.shared_tile;
+    way["blocks"] = plan.blocks;
+    way["shared"] = plan.shared;
+    way["workspace"] = plan.workspace;
+    ways[algorithm.name] = way;
+  }
+  result["algorithms"] = ways;
+  result["chosen"] = cuda::choose_conv(c, device).algorithm->name;
+  result["convolution"] = cuda::library_seconds(c, device);
+  result["library_weight_grad"] = cuda::library_weight_grad_seconds(c, device);
+  if (const auto obstacle = cuda::why_no_weight_grad(c, device)) {
+    result["weight_grad"] = *obstacle;
+  } else {
+    const cuda::WeightGradPlan plan = cuda::plan_weight_grad(c, device);
+    py::dict weight_grad;
+    weight_grad["seconds"] = plan.seconds;
+    weight_grad["rows"] = plan.rows;
+    weight_grad["columns"] = plan.columns;
+    weight_grad["stages"] = plan.stages;
+    weight_grad["splits"] = plan.splits;
+    weight_grad["of_split"] = plan.of_split;
+    weight_grad["blocks"] = plan.blocks;
+    weight_grad["shared"] = plan.shared;
+    weight_grad["workspace"] = plan.workspace;
+    result["weight_grad"] = weight_grad;
+  }
   return result;
 }
 
@@ -52,4 +131,11 @@ PYBIND11_MODULE(_C, m) {
         "`lanes` threads along a row, `part` pixels each, `parts` to a map, as a cluster or in two launches. The GPU "
         "is given by compute capability (90 for 9.0), multiprocessors and bytes of shared memory a block; no GPU is "
         "needed.");
+  m.def("plan_conv", plan_conv, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "dtype"_a = "bfloat16", "channels_innermost"_a = true, "centred"_a = true,
+        "tf32"_a = true, "capability"_a = 90, "processors"_a = 132, "shared_memory"_a = 232448, "sm90a"_a = true,
+        "How each algorithm of the CUDA backend cuts a convolution's forward pass into blocks and the least seconds it is "
+        "predicted to take, or why it does not take it; which one is chosen; and the same of the weight gradient. Sizes "
+        "are triples, (1, H, W) in two dimensions. `convolution` and `library_weight_grad` are the bounds of the "
+        "library's. `sm90a`: the build has code for compute capability 9.0 alone. No GPU is needed.");
 }

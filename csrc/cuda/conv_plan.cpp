@@ -1,5 +1,8 @@
 #include "conv_plan.h"
 
+#include <algorithm>
+#include <cassert>
+
 namespace deepcontrol::cuda {
 
 // A100 SXM 80GB and H100 SXM. mma.sync, which on an A100 is all there is, was measured to reach 62.9 % of an H100's wgmma
@@ -7,6 +10,83 @@ namespace deepcontrol::cuda {
 Ceilings ceilings_of(const Device& device) {
   if (device.capability < 90) return {2.039e12, 108 * 128 * 1.41e9, 312e12, 1.0};
   return {3.35e12, 132 * 128 * 1.83e9, 989.4e12, 0.629};
+}
+
+namespace {
+
+double size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+double weights_of(const ConvCase& c) { return double(c.filters) * c.group_channels() * c.windows.taps(); }
+
+// Operations take twice as long on f32, as TF32.
+double operation_seconds(const ConvCase& c, const Ceilings& ceilings) {
+  return 2.0 * c.rows() * weights_of(c) / ceilings.operations * size_of(c.dtype) / 2;
+}
+
+// center reads and writes the output again, in place, and writes a bit for each element.
+double two_passes_seconds(const ConvCase& c, const Device& device) {
+  const double output = double(c.rows()) * c.filters;
+  return library_seconds(c, device) + output * (2 * size_of(c.dtype) + 1.0 / 8) / ceilings_of(device).bytes;
+}
+
+}  // namespace
+
+double library_seconds(const ConvCase& c, const Device& device) {
+  const Ceilings ceilings = ceilings_of(device);
+  const double input = double(c.samples) * c.input_pixels() * c.channels, output = double(c.rows()) * c.filters;
+  const double bytes = (input + output + weights_of(c)) * size_of(c.dtype);
+  return std::max(bytes / ceilings.bytes, operation_seconds(c, ceilings));
+}
+
+double library_weight_grad_seconds(const ConvCase& c, const Device& device) {
+  // The gradient in and out, and the weight for the gain's gradient.
+  return library_seconds(c, device) + 3 * weights_of(c) * size_of(c.dtype) / ceilings_of(device).bytes;
+}
+
+const std::array<Algorithm, 6>& algorithms() {
+  static const std::array<Algorithm, 6> all{{
+      {"fused sm90", Way::sm90, false},
+      {"held sm90", Way::sm90, true},
+      {"fused sm80", Way::sm80, false},
+      {"held sm80", Way::sm80, true},
+      {"direct", Way::direct, false},
+      {"two passes", Way::two_passes, false},
+  }};
+  return all;
+}
+
+std::optional<std::string> why_not(const Algorithm& algorithm, const ConvCase& c, const Device& device) {
+  if (algorithm.held && !c.centred) return "nothing is centred, so no means are taken";
+  switch (algorithm.way) {
+    case Way::sm90: return why_not_sm90(c, device, algorithm.held);
+    case Way::sm80: return why_not_sm80(c, device, algorithm.held);
+    case Way::direct: return why_not_direct(c, device);
+    default: return {};
+  }
+}
+
+ConvPlan plan_conv(const Algorithm& algorithm, const ConvCase& c, const Device& device) {
+  switch (algorithm.way) {
+    case Way::sm90: return plan_sm90(c, device, algorithm.held);
+    case Way::sm80: return plan_sm80(c, device, algorithm.held);
+    case Way::direct: return plan_direct(c, device);
+    default: break;
+  }
+  ConvPlan plan{};
+  plan.way = Way::two_passes;
+  plan.seconds = two_passes_seconds(c, device);
+  return plan;
+}
+
+Chosen choose_conv(const ConvCase& c, const Device& device) {
+  std::optional<Chosen> best;
+  for (const Algorithm& algorithm : algorithms()) {
+    if (why_not(algorithm, c, device)) continue;
+    const Chosen one{&algorithm, plan_conv(algorithm, c, device)};
+    if (!best || one.plan.seconds < best->plan.seconds) best = one;
+  }
+  assert(best);
+  return *best;
 }
 
 }  // namespace deepcontrol::cuda

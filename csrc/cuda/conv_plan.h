@@ -5,6 +5,7 @@
 // takes.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 
@@ -84,5 +85,27 @@ ConvPlan plan_direct(const ConvCase& c, const Device& device);
 ConvPlan plan_sm80(const ConvCase& c, const Device& device, bool held);
 ConvPlan plan_sm90(const ConvCase& c, const Device& device, bool held);
 WeightGradPlan plan_weight_grad(const ConvCase& c, const Device& device);
+
+// The ways there are, in the order of preference where two should take equally long.
+struct Algorithm {
+  const char* name;
+  Way way;
+  bool held;
+};
+const std::array<Algorithm, 6>& algorithms();
+// Why an algorithm does not take a layer, or nothing.
+std::optional<std::string> why_not(const Algorithm& algorithm, const ConvCase& c, const Device& device);
+ConvPlan plan_conv(const Algorithm& algorithm, const ConvCase& c, const Device& device);
+
+struct Chosen {
+  const Algorithm* algorithm;
+  ConvPlan plan;
+};
+// The one that is predicted to be fastest.
+Chosen choose_conv(const ConvCase& c, const Device& device);
+
+// The least that the library's convolution takes, or its weight gradient and the pass behind it: bytes or operations.
+double library_seconds(const ConvCase& c, const Device& device);
+double library_weight_grad_seconds(const ConvCase& c, const Device& device);
 
 }  // namespace deepcontrol::cuda

@@ -1,77 +1,43 @@
-// The ops on CUDA tensors: checks, outputs, the current device and stream; the arithmetic is in the .cu files beside this.
-//
-// Convolutions are the library's (cuDNN through ATen). Forward multiplies z by gain where it centres it; backward takes
-// the input gradient of weights that were multiplied by gain, so that no gain is ever divided by, and multiplies the
-// weight gradient where it is projected.
+// The ops on CUDA tensors but convolutions: checks, outputs, launches; the arithmetic is in the .cu files beside this.
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
+#include "dispatch.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/flatten.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include <limits>
 
 #include "../library.h"
-#include "../tensors.h"
-#include "params.h"
 
 namespace deepcontrol::cuda {
 namespace {
 
-// What every op holds while it works on `tensor`: its device is the current one, and autograd is out of the way.
-class Scope {
- public:
-  explicit Scope(const Tensor& tensor) : device_(tensor.device()), guard_(device_) {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
-    TORCH_CHECK(major >= 8, device_, " has compute capability ", major, ".", minor,
-                ", wanted 8.0 or newer; backend='reference' runs on it");
-    device.capability = major * 10 + minor;
-    device.processors = attribute(cudaDevAttrMultiProcessorCount);
-    device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  }
-  void check(const char* name, const OptionalTensor& tensor) const {
-    TORCH_CHECK_VALUE(!tensor || !tensor->defined() || tensor->device() == device_, name, ": is on ", tensor->device(),
-                      ", wanted the device of the other tensors, ", device_);
-  }
-  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
+Tensor workspace_of(int64_t elements, const at::TensorOptions& options) {
+  return elements ? at::empty({elements}, options) : Tensor();
+}
 
-  Device device;
+// A gradient that is dense; the other fields are for the finish pass of one weight.
+WeightGrad describe(const Tensor& grad) {
+  WeightGrad p{};
+  p.dtype = dtype_of(grad);
+  p.filters = grad.size(0);
+  p.channels = grad.size(1);
+  p.taps = pixels_of(grad);
+  p.channels_innermost = format_of(grad) != at::MemoryFormat::Contiguous;
+  p.grad = mutable_data(grad);
+  return p;
+}
 
- private:
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_.index()));
-    return value;
-  }
-
-  at::Device device_;
-  c10::cuda::CUDAGuard guard_;
-  at::AutoDispatchBelowADInplaceOrView below_autograd_;
-};
+}  // namespace
 
 bool are_aligned(std::initializer_list<const void*> addresses) {
   uintptr_t all = 0;
   for (const void* address : addresses) all |= reinterpret_cast<uintptr_t>(address);
   return all % 16 == 0;
 }
-
-Tensor workspace_of(int64_t elements, const at::TensorOptions& options) {
-  return elements ? at::empty({elements}, options) : Tensor();
-}
-
-struct Vectors {
-  Tensor gain, mean_scale, bias;
-  double constant;
-
-  bool centred() const { return mean_scale.defined() || constant != 0.0; }
-};
 
 Vectors vectors_of(const Scope& scope, const Tensor& like, int64_t channels, const OptionalTensor& gain,
                    const OptionalTensor& mean_scale, double constant, const OptionalTensor& bias) {
@@ -83,74 +49,51 @@ Vectors vectors_of(const Scope& scope, const Tensor& like, int64_t channels, con
           vector_of(bias, channels, type, "bias"), constant};
 }
 
-struct Centred {
-  Tensor map_mean, saved, output_mean;
-};
-
-// What center and conv_center do with z, which is dense in `format`; `output` may be z.
-struct Centring {
-  const Vectors& vectors;
-  const OptionalTensor& residual;
-  Activation activation;
-  double slope;
-  bool save, mean_of_scaled, output_mean;
-
-  Centred operator()(const Scope& scope, const Tensor& z, const Tensor& output, at::MemoryFormat format) const {
-    scope.check("residual", residual);
-    const Tensor dense_residual = residual_of(residual, z, format);
-    const auto sums = accumulation_options(z);
-    const std::array<int64_t, 2> per_map{z.size(0), z.size(1)};
-    const bool centred = vectors.centred();
-    CenterForward p{};
-    p.maps = maps_of(z, format);
-    p.dtype = dtype_of(z);
-    p.activation = activation;
-    p.slope = slope;
-    p.constant = vectors.constant;
-    p.mean_of_scaled = mean_of_scaled;
-    Centred result;
-    result.map_mean = centred ? at::empty(per_map, sums) : at::empty({0}, sums);
-    result.saved = saved_for(z, format, activation, save);
-    if (output_mean) result.output_mean = at::empty(per_map, sums);
-    if (p.maps.elements() == 0) {
-      for (const Tensor& means : {result.map_mean, result.output_mean}) {
-        if (means.defined()) means.fill_(std::numeric_limits<double>::quiet_NaN());
-      }
-      return result;
+Centred Centring::operator()(const Scope& scope, const Tensor& z, const Tensor& output, at::MemoryFormat format) const {
+  scope.check("residual", residual);
+  const Tensor dense_residual = residual_of(residual, z, format);
+  const auto sums = accumulation_options(z);
+  const std::array<int64_t, 2> per_map{z.size(0), z.size(1)};
+  const bool centred = vectors.centred();
+  CenterForward p{};
+  p.maps = maps_of(z, format);
+  p.dtype = dtype_of(z);
+  p.activation = activation;
+  p.slope = slope;
+  p.constant = vectors.constant;
+  p.mean_of_scaled = mean_of_scaled;
+  Centred result;
+  result.map_mean = centred ? at::empty(per_map, sums) : at::empty({0}, sums);
+  result.saved = saved_for(z, format, activation, save);
+  if (output_mean) result.output_mean = at::empty(per_map, sums);
+  if (p.maps.elements() == 0) {
+    for (const Tensor& means : {result.map_mean, result.output_mean}) {
+      if (means.defined()) means.fill_(std::numeric_limits<double>::quiet_NaN());
     }
-    p.input = data(z);
-    p.residual = data(dense_residual);
-    p.gain = data(vectors.gain);
-    p.mean_scale = data(vectors.mean_scale);
-    p.bias = data(vectors.bias);
-    p.output = mutable_data(output);
-    p.map_mean = centred ? mutable_data(result.map_mean) : nullptr;
-    p.output_mean = mutable_data(result.output_mean);
-    if (save && is_piecewise(activation)) p.bits = result.saved.mutable_data_ptr<uint8_t>();
-    if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.saved);
-    const bool aligned = are_aligned({p.input, p.residual, p.output, p.pre_activation});
-    const CenterPlan plan = plan_center({p.maps, p.dtype, aligned, centred || output_mean, 1, false, 1}, scope.device);
-    const Tensor workspace = workspace_of(plan.workspace(p.maps), sums);
-    p.workspace = mutable_data(workspace);
-    if (workspace.defined()) p.output_mean = nullptr;
-    const auto launch = p.maps.channels_innermost ? launch_center_forward_nhwc : launch_center_forward_nchw;
-    C10_CUDA_CHECK(launch(p, plan, scope.stream()));
-    // A map that does not fit on chip costs one more read.
-    if (output_mean && !p.output_mean) result.output_mean = output.flatten(2).mean(2, false, accumulation_type(z));
     return result;
   }
-};
+  p.input = data(z);
+  p.residual = data(dense_residual);
+  p.gain = data(vectors.gain);
+  p.mean_scale = data(vectors.mean_scale);
+  p.bias = data(vectors.bias);
+  p.output = mutable_data(output);
+  p.map_mean = centred ? mutable_data(result.map_mean) : nullptr;
+  p.output_mean = mutable_data(result.output_mean);
+  if (save && is_piecewise(activation)) p.bits = result.saved.mutable_data_ptr<uint8_t>();
+  if (save && is_smooth(activation)) p.pre_activation = mutable_data(result.saved);
+  const bool aligned = are_aligned({p.input, p.residual, p.output, p.pre_activation});
+  const CenterPlan plan = plan_center({p.maps, p.dtype, aligned, centred || output_mean, 1, false, 1}, scope.device);
+  const Tensor workspace = workspace_of(plan.workspace(p.maps), sums);
+  p.workspace = mutable_data(workspace);
+  if (workspace.defined()) p.output_mean = nullptr;
+  const auto launch = p.maps.channels_innermost ? launch_center_forward_nhwc : launch_center_forward_nchw;
+  C10_CUDA_CHECK(launch(p, plan, scope.stream()));
+  // A map that does not fit on chip costs one more read.
+  if (output_mean && !p.output_mean) result.output_mean = output.flatten(2).mean(2, false, accumulation_type(z));
+  return result;
+}
 
-
-struct Wanted {
-  bool grad_input, grad_residual, sums, dots;
-};
-
-struct Error {
-  Tensor grad_input, grad_residual, sums, dots;
-};
-
-// From the gradient of the output to that in front of the centring; `format` is the output's, `input` is for the dots.
 Error center_error(const Scope& scope, const Tensor& grad_output, const Tensor& input, const Tensor& scale,
                    const Vectors& vectors, const Tensor& saved, Activation activation, double slope,
                    at::MemoryFormat format, const Wanted& wanted) {
@@ -203,11 +146,6 @@ Error center_error(const Scope& scope, const Tensor& grad_output, const Tensor& 
   return result;
 }
 
-struct VectorGrads {
-  Tensor gain, mean_scale, bias;
-};
-
-// Sums over the samples. `scale` is what center multiplied the centred input by, none where the means are of scaled maps.
 VectorGrads reduce_samples(const Scope& scope, const Error& error, const Tensor& map_mean, const Tensor& scale,
                            const Vectors& vectors, bool gain, bool mean_scale, bool bias) {
   VectorGrads grads;
@@ -238,6 +176,24 @@ VectorGrads reduce_samples(const Scope& scope, const Error& error, const Tensor&
   C10_CUDA_CHECK(launch_reduce_samples(p, scope.stream()));
   return grads;
 }
+
+Tensor finish_weight_grad(const Scope& scope, const Tensor& grad, const Tensor& weight, const Tensor& factor,
+                          const Tensor& divisor, double projection, bool dots) {
+  if (grad.numel() == 0) return dots ? at::zeros({grad.size(0)}, accumulation_options(grad)) : Tensor();
+  WeightGrad p = describe(grad);
+  const bool unchanged = !factor.defined() && (projection == 0.0 || p.taps == 1);
+  if (unchanged && !dots) return {};
+  const Tensor dense_weight = dots ? weight.contiguous(format_of(grad)) : Tensor();
+  const Tensor result = dots ? at::empty({p.filters}, accumulation_options(grad)) : Tensor();
+  p.weight = data(dense_weight);
+  p.factor = data(factor);
+  p.divisor = data(divisor);
+  p.dots = mutable_data(result);
+  C10_CUDA_CHECK(launch_finish_weight_grads(&p, 1, projection, scope.stream()));
+  return result;
+}
+
+namespace {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -282,100 +238,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> center_backward(
   const VectorGrads grads =
       reduce_samples(scope, error, map_mean, vectors.gain, vectors, mask[1], mask[2], mask[3]);
   return {error.grad_input, grads.gain, grads.mean_scale, grads.bias, error.grad_residual};
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_center(const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
-                                               const OptionalTensor& mean_scale, double constant,
-                                               const OptionalTensor& bias, const OptionalTensor& residual,
-                                               at::IntArrayRef stride, at::IntArrayRef padding,
-                                               at::IntArrayRef dilation, int64_t groups, c10::string_view activation,
-                                               double slope, bool save) {
-  const Scope scope(input);
-  scope.check("weight", weight);
-  output_sizes(input, weight, stride, padding, dilation, groups);
-  const auto format = format_of(input, weight);
-  const Vectors vectors = vectors_of(scope, input, weight.size(0), gain, mean_scale, constant, bias);
-  const std::vector<int64_t> no_output_padding(stride.size(), 0);
-  const Tensor z = at::convolution(dense(input), weight, {}, stride, padding, dilation, false, no_output_padding, groups)
-                       .contiguous(format);
-  const Centring centring{vectors, residual, parse_activation(activation), slope, save, true, false};
-  const Centred centred = centring(scope, z, z, format);
-  return {z, centred.map_mean, centred.saved};
-}
-
-Tensor scale_filters(const Scope& scope, const Tensor& weight, const Tensor& gain) {
-  const Tensor from = dense(weight);
-  const Tensor scaled = at::empty_like(from);
-  ScaleFilters p{};
-  p.dtype = dtype_of(from);
-  p.filters = from.size(0);
-  p.length = from.numel() / p.filters;
-  p.weight = data(from);
-  p.gain = data(gain);
-  p.scaled = mutable_data(scaled);
-  C10_CUDA_CHECK(launch_scale_filters(p, scope.stream()));
-  return scaled;
-}
-
-// A gradient that is dense; the other fields are for the finish pass of one weight.
-WeightGrad describe(const Tensor& grad) {
-  WeightGrad p{};
-  p.dtype = dtype_of(grad);
-  p.filters = grad.size(0);
-  p.channels = grad.size(1);
-  p.taps = pixels_of(grad);
-  p.channels_innermost = format_of(grad) != at::MemoryFormat::Contiguous;
-  p.grad = mutable_data(grad);
-  return p;
-}
-
-// In place on a dense `grad`; returns sum(weight * grad / divisor) if asked, else an undefined tensor.
-Tensor finish_weight_grad(const Scope& scope, const Tensor& grad, const Tensor& weight, const Tensor& factor,
-                          const Tensor& divisor, double projection, bool dots) {
-  if (grad.numel() == 0) return dots ? at::zeros({grad.size(0)}, accumulation_options(grad)) : Tensor();
-  WeightGrad p = describe(grad);
-  const bool unchanged = !factor.defined() && (projection == 0.0 || p.taps == 1);
-  if (unchanged && !dots) return {};
-  const Tensor dense_weight = dots ? weight.contiguous(format_of(grad)) : Tensor();
-  const Tensor result = dots ? at::empty({p.filters}, accumulation_options(grad)) : Tensor();
-  p.weight = data(dense_weight);
-  p.factor = data(factor);
-  p.divisor = data(divisor);
-  p.dots = mutable_data(result);
-  C10_CUDA_CHECK(launch_finish_weight_grads(&p, 1, projection, scope.stream()));
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
-    const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    c10::string_view activation, double slope, double projection, std::array<bool, 6> mask) {
-  const Scope scope(grad_output);
-  scope.check("input", input);
-  scope.check("weight", weight);
-  check_grad_output(grad_output, input, output_sizes(input, weight, stride, padding, dilation, groups));
-  const bool wants_weight = mask[1] || mask[2], through_conv = mask[0] || wants_weight;
-  const Vectors vectors = vectors_of(scope, input, weight.size(0), gain, mean_scale, constant, {});
-  const Error error = center_error(scope, grad_output, {}, {}, vectors, saved, parse_activation(activation), slope,
-                                   format_of(input, weight), {through_conv, mask[5], mask[3] || mask[4], false});
-  Tensor grad_input, grad_weight, grad_gain;
-  if (through_conv) {
-    const std::vector<int64_t> no_output_padding(stride.size(), 0);
-    const Tensor scaled = vectors.gain.defined() && mask[0] ? scale_filters(scope, weight, vectors.gain) : weight;
-    std::tie(grad_input, grad_weight, std::ignore) =
-        at::convolution_backward(error.grad_input, dense(input), scaled, std::nullopt, stride, padding, dilation, false,
-                                 no_output_padding, groups, {mask[0], wants_weight, false});
-  }
-  if (mask[0]) grad_input = grad_input.contiguous(format_of(input));
-  if (wants_weight) {
-    grad_weight = grad_weight.contiguous(format_of(weight));
-    grad_gain = finish_weight_grad(scope, grad_weight, weight, mask[1] ? vectors.gain : Tensor(), {},
-                                   mask[1] ? projection : 0.0, mask[2]);
-    if (!mask[1]) grad_weight.reset();
-  }
-  const VectorGrads grads = reduce_samples(scope, error, map_mean, {}, vectors, false, mask[3], mask[4]);
-  return {grad_input, grad_weight, grad_gain, grads.mean_scale, grads.bias, error.grad_residual};
 }
 
 Tensor window_mean(const Tensor& input, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -442,8 +304,6 @@ DEEPCONTROL_REGISTER_CUDA(m) {
   m.impl("center", center);
   m.impl("center_with_mean", center_with_mean);
   m.impl("center_backward", center_backward);
-  m.impl("conv_center", conv_center);
-  m.impl("conv_center_backward", conv_center_backward);
   m.impl("window_mean", window_mean);
   m.impl("finish_weight_grad_", finish_weight_grad_);
   m.impl("project_kernel_gradients_", project_kernel_gradients_);

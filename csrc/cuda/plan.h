@@ -25,6 +25,7 @@ struct Device {
   int capability;         // 90 for 9.0
   int processors;         // streaming multiprocessors
   int64_t shared_memory;  // bytes that one block can have
+  bool sm90a = false;     // there is code for this GPU that has the instructions of 9.0 alone
 };
 
 // How center and center_backward are cut into blocks; made by plan_center.
