@@ -118,7 +118,7 @@ def architectures(flags: str) -> str:
     general = sorted(number for number in found if number >= 80 and number != 90) or [80]
     names = [f"{number // 10}.{number % 10}" for number in general]
     names[-1] += "+PTX"
-    return ";".join([*names, SM90A]) if 90 in found or len(found) == 0 else ";".join(names)
+    return ";".join([*names, SM90A]) if 90 in found or not found else ";".join(names)
 
 
 def compile_jobs(cores: int, free_bytes: int | None) -> int:

@@ -159,8 +159,23 @@ def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geome
     return f"{_ops.extension.info()['isa']} kernels around oneDNN"
 
 
+_PREDICTED = "predicted fastest from bytes and operations, not timed"
+ALGORITHMS = {
+    "fused sm90": "one fused pass by TMA and wgmma, its means known before",
+    "held sm90": "one fused pass by TMA and wgmma that holds each map",
+    "fused sm80": "one fused pass by mma.sync, its means known before",
+    "held sm80": "one fused pass by mma.sync that holds each map",
+    "direct": "one direct pass",
+    "two passes": "two passes, cuDNN's convolution and then center",
+}
+"""What backend "cuda" may do for the forward pass of a convolution, by name (``csrc/cuda/conv_plan.h``)."""
+
+
 def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
-    return "two passes, cuDNN's convolution and then center" if op == "conv_center" else "one pass"
+    if op != "conv_center" or weight is None:
+        return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
+    chosen = torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
+    return f"{ALGORITHMS[chosen]} ({_PREDICTED if _algorithm is None else 'preferred'})"
 
 
 def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
@@ -198,6 +213,7 @@ def _checked(name: str, origin: str) -> str:
 
 
 _preferred: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
+_algorithm: str | None = None
 _warned = False
 _proofs: dict[tuple[str, str, str, str, str], proven.Proof] | None = None
 _times: tuple[measured.Time, ...] | None = None
@@ -225,6 +241,26 @@ def use(name: str | None) -> Iterator[None]:
         yield
     finally:
         _preferred = before
+
+
+@contextmanager
+def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
+    """One of ``ALGORITHMS`` for every convolution of backend "cuda" inside, though another may be predicted to be faster.
+
+    A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass; of the
+    weight gradient "two passes" is the library's, all others this package's own where it has one. The preference is one
+    for the whole process. ``ValueError`` for an unknown name.
+    """
+    global _algorithm
+    set_algorithm = getattr(torch.ops, _compiled[backend].namespace).prefer_algorithm
+    before = _algorithm
+    set_algorithm(algorithm)
+    _algorithm = algorithm
+    try:
+        yield
+    finally:
+        _algorithm = before
+        set_algorithm(before or "")
 
 
 def choose(

@@ -307,7 +307,7 @@ def test_an_unproven_kernel_runs_when_it_is_asked_for(machine, how):
         text = backends.explain(on_gpu(), requested)
     asked = "asked for by the call" if how == "call" else "asked for by backends.use or DEEPCONTROL_BACKEND"
     assert text == (
-        f"cuda, two passes, cuDNN's convolution and then center: {asked}; "
+        f"cuda, one pass for convolutions that its kernels take: {asked}; "
         "not proven on compute capability 9.0 for bfloat16, channels_last yet: run make gpu"
     )
 

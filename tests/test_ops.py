@@ -43,19 +43,21 @@ def run(function, tensors, dtype, channels_last, grad_output, **arguments):
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def compare(function, tensors, dtype, channels_last, grad_output, **arguments):
+def compare(function, tensors, dtype, channels_last, grad_output, precision=None, **arguments):
+    """``precision``: of the products, where that is less than the dtype's; as a dtype of as many bits."""
     backend = arguments.pop("backend")
+    precision = precision or dtype
     pre = pre_activation(function, tensors, **arguments)
     grad_output = away_from_kinks(pre, grad_output)
     oracle = run(function, tensors, torch.float64, channels_last, grad_output, backend="reference", **arguments)
-    low = run(function, tensors, dtype, channels_last, grad_output, backend="reference", **arguments)
+    low = run(function, tensors, precision, channels_last, grad_output, backend="reference", **arguments)
     got = run(function, tensors, dtype, channels_last, grad_output, backend=backend, **arguments)
     names = [n for n, t in zip(("input", "weight", "gain", "mean_scale", "bias", "residual"), tensors) if t is not None]
     for i, what in enumerate(("output", *(f"gradient of {n}" for n in names))):
         # The gradient of a vector is a sum of terms up to the largest pre-activation; roundings add up as the root.
         terms = got[0].numel() / oracle[i].numel() if oracle[i].dim() == 1 else 0
         magnitude = terms**0.5 * max(1.0, pre.abs().max().item())
-        assert_within_budget(got[i], oracle[i], low[i], dtype, magnitude, what)
+        assert_within_budget(got[i], oracle[i], low[i].to(got[i].dtype), precision, magnitude, what)
     assert got[0].is_contiguous(memory_format=memory_format(got[0], channels_last))
 
 

@@ -154,6 +154,34 @@ def test_cuda_neither_on_nor_off(build_script):
         build_script.decide_cuda(**(BUILDABLE | {"wanted": "yes"}))
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", "8.0;8.6;10.0;12.0+PTX;9.0a"),
+        ("sm_80 sm_90 compute_90", "8.0+PTX;9.0a"),
+        ("sm_86", "8.6+PTX"),
+        ("sm_90", "8.0+PTX;9.0a"),
+        ("sm_70", "8.0+PTX"),
+        ("", "8.0+PTX;9.0a"),
+    ],
+)
+def test_architectures(build_script, flags, wanted):
+    assert build_script.architectures(flags) == wanted
+
+
+@pytest.mark.parametrize(
+    ("cuda", "wanted", "told"),
+    [
+        (False, "", []),
+        (True, "8.0;9.0+PTX", ["DEEPCONTROL_CUDA"]),
+        (True, "8.0+PTX;9.0a", ["DEEPCONTROL_CUDA", "DEEPCONTROL_SM90A"]),
+        (True, "9.0a+PTX 12.0", ["DEEPCONTROL_CUDA", "DEEPCONTROL_SM90A"]),
+    ],
+)
+def test_what_sources_are_told(build_script, cuda, wanted, told):
+    assert [name for name, _ in build_script.macros(cuda, wanted)] == told
+
+
 @pytest.mark.parametrize(("cores", "gibibytes", "jobs"), [(2, 24, 2), (64, 24, 11), (4, 1, 1), (4, None, 4)])
 def test_compile_jobs(build_script, cores, gibibytes, jobs):
     assert build_script.compile_jobs(cores, gibibytes and gibibytes * 2**30) == jobs
