@@ -245,7 +245,7 @@ def use(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
-    """One of ``ALGORITHMS`` for every convolution of backend "cuda" inside, though another may be predicted to be faster.
+    """One of ``ALGORITHMS`` for every convolution of backend "cuda" inside, though another be predicted to be faster.
 
     A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass; of the
     weight gradient "two passes" is the library's, all others this package's own where it has one. The preference is one
