@@ -58,8 +58,8 @@ def backend(request):
     name = request.param
     if name in HARNESS_GPUS:
         harness().configure(**HARNESS_GPUS[name])
-        # Also for calls that name no backend, such as those of a module.
-        with dc.backends.use("host_cuda"):
+        # Also for calls that name no backend, such as those of a module. As on a GPU float32 is no TF32.
+        with dc.backends.use("host_cuda"), torch.backends.cudnn.flags(allow_tf32=False):
             yield "host_cuda"
         harness().configure()
         return

@@ -19,12 +19,21 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc")
+CUOBJDUMP = shutil.which("cuobjdump") or (
+    (spec := importlib.util.find_spec("triton"))
+    and shutil.which(Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump")
+)
 # The oldest that is supported, the one with clusters that is tuned for, and the newest that this nvcc knows.
 ARCHITECTURES = ("sm_80", "sm_90a", "newest")
 
-# Two blocks of 256 threads a multiprocessor, and four for the kernels that most calls get.
+# Matrix products, which take longest to compile: not for the newest, which gets the instructions of the oldest.
+PRODUCTS = ("conv_center_sm80.cu", "conv_center_sm90.cu", "conv_weight_grad.cu")
+
+# Two blocks of 256 threads a multiprocessor, and four for the kernels that most calls get. A matrix product has
+# what there is: accumulators are what registers are for.
 REGISTERS = 128
 REGISTERS_OF_FREQUENT = 64
+REGISTERS_OF_PRODUCTS = 255
 STATIC_SHARED_MEMORY = 48 * 1024
 
 pytestmark = pytest.mark.slow
@@ -42,6 +51,8 @@ class Kernel:
     spills: int
     static_shared: int
     ptx: str
+    file: str
+    cubin: Path
 
 
 def run(*command: object) -> str:
@@ -68,7 +79,7 @@ def numbers(pattern: str, text: str) -> int:
     return sum(int(number) for number in re.findall(pattern, text))
 
 
-def read_kernels(source: Path, report: str, ptx: str) -> list[Kernel]:
+def read_kernels(source: Path, report: str, ptx: str, cubin: Path) -> list[Kernel]:
     """The kernels of one source. What ptxas says of functions that it did not inline goes to the kernel before them."""
     # Bodies of entry functions end with a brace at the beginning of a line.
     bodies = dict(re.findall(r"^(?:\.visible )?\.entry (\w+)\((.*?)^}", ptx, re.DOTALL | re.MULTILINE))
@@ -85,6 +96,8 @@ def read_kernels(source: Path, report: str, ptx: str) -> list[Kernel]:
                 spills=numbers(r"(\d+) bytes spill", text),
                 static_shared=numbers(r"(\d+) bytes smem", text),
                 ptx=bodies[symbol],
+                file=source.name,
+                cubin=cubin,
             )
         )
     return kernels
@@ -101,15 +114,24 @@ def compiled(tmp_path_factory) -> dict[str, list[Kernel]]:
         real = newest_architecture() if architecture == "newest" else architecture
         kept = folder / f"{architecture}-{source.stem}"
         kept.mkdir()
-        cubin = ("-cubin", "-o", kept / "kernel.cubin", "--keep", "--keep-dir", kept)
-        report = run(NVCC, *flags, f"-arch={real}", "-Xptxas", "-v", *cubin, source)
-        return architecture, read_kernels(source, report, (kept / f"{source.stem}.ptx").read_text())
+        cubin = kept / "kernel.cubin"
+        report = run(
+            NVCC, *flags, f"-arch={real}", "-Xptxas", "-v", "-cubin", "-o", cubin, "--keep", "--keep-dir", kept, source
+        )
+        # Where ptxas finds products that it cannot leave under way it says so, and waits for each.
+        assert "wgmma" not in report or "serializ" not in report, report
+        return architecture, read_kernels(source, report, (kept / f"{source.stem}.ptx").read_text(), cubin)
 
     # Those that take longest first.
     sources = sorted(KERNELS, key=lambda path: path.stat().st_size, reverse=True)
     result = {architecture: [] for architecture in ARCHITECTURES}
     with ThreadPoolExecutor(2) as pool:
-        jobs = [(architecture, source) for source in sources for architecture in ARCHITECTURES]
+        jobs = [
+            (architecture, source)
+            for source in sources
+            for architecture in ARCHITECTURES
+            if architecture != "newest" or source.name not in PRODUCTS
+        ]
         for architecture, kernels in pool.map(compile_one, jobs):
             assert kernels
             result[architecture] += kernels
@@ -123,6 +145,11 @@ def is_center(kernel: Kernel) -> bool:
 def is_frequent(kernel: Kernel) -> bool:
     """center and its backward in 16 bits for relu and identity, `rectified` in the template."""
     return is_center(kernel) and kernel.name.endswith(", true>") and not re.search("<double|<float", kernel.name)
+
+
+def is_product(kernel: Kernel) -> bool:
+    """Not the small kernels that stand behind a product in its file."""
+    return kernel.file in PRODUCTS and ("mma" in kernel.ptx or "trap" in kernel.ptx)
 
 
 def vectorized_centers(kernels: list[Kernel]) -> list[Kernel]:
@@ -153,6 +180,8 @@ def test_registers(compiled, architecture):
 
     def describe(kernel):
         budget = REGISTERS_OF_FREQUENT if is_frequent(kernel) else REGISTERS
+        if is_product(kernel):
+            budget = REGISTERS_OF_PRODUCTS
         if kernel.registers > budget:
             return f"{kernel.registers} registers, budget {budget}"
 
@@ -206,3 +235,35 @@ def test_host_code_fits_the_headers_of_torch_and_cuda(source):
     flags = ["-std=c++17", "-Wall", "-Werror", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DDEEPCONTROL_CUDA"]
     includes = [f"-isystem{folder}" for folder in folders]
     run(*COMPILER, *flags, *includes, "-fsyntax-only", source)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        pytest.param(r"mma\.sync\.aligned\.m16n8k(16|8)\.", id="product"),
+        pytest.param(r"cp\.async\.cg\.shared\.global \[%\w+\], \[%\w+\], 16, %\w+;", id="copy"),
+    ],
+)
+def test_products_run_on_tensor_cores(compiled, architecture, instruction):
+    """Fed by copies that fill up with zeros; the loader of single elements has none."""
+    names = ("conv_center_sm80.cu", "conv_weight_grad.cu")
+    kernels = [k for k in compiled[architecture] if k.file in names and is_product(k)]
+    assert {kernel.file for kernel in kernels} == set(names)
+    for name in names:
+        assert any(re.search(instruction, kernel.ptx) for kernel in kernels if kernel.file == name)
+
+
+@needs_nvcc
+@pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump")
+def test_products_of_the_h100_are_its_own(compiled):
+    """Every instance is fed by the TMA and multiplies by HGMMA, several of them in a row."""
+    kernels = [kernel for kernel in compiled["sm_90a"] if kernel.file == "conv_center_sm90.cu"]
+    assert kernels
+    functions = re.split(r"Function : ", run(CUOBJDUMP, "-sass", kernels[0].cubin))[1:]
+    assert len(functions) == len(kernels)
+    for text in functions:
+        name = text.split()[0]
+        assert text.count("HGMMA") >= 4, name
+        assert "UTMALDG" in text, name
