@@ -1,8 +1,8 @@
 """Runs every kernel of a backend on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu triton``.
 
 Tensors are made on the CPU and copied, so that nearly all that runs on the GPU is this package's. With the argument
-``convolutions`` behind the backend the ops of convolutions run instead; around cuDNN's those of "cuda", and of what it
-does racecheck knows nothing.
+``convolutions`` behind the backend the ops of convolutions run instead, by every algorithm that takes them; with ``own``
+only what runs without cuDNN, of which racecheck knows nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(backend: str, which: str = "kernels") -> int:
     if reason := backends.available()[backend]:
         raise RuntimeError(f"backend {backend!r}: {reason}")
     device, ops = backends._compiled[backend].device, getattr(torch.ops, backends._compiled[backend].namespace)
-    run = _convolutions if which == "convolutions" else _kernels
+    run = {"kernels": _kernels, "convolutions": _convolutions, "own": _own_convolutions}[which]
     # Triton compiles each kernel for each dtype anew, which the sanitizers are no faster than others to wait for.
     dtypes = DTYPES[:2] if backend == "triton" else DTYPES
     count = sum(run(ops, _Maker(dtype, format, device)) for dtype, format in product(dtypes, FORMATS))
@@ -82,16 +82,37 @@ CONVOLUTIONS = (
 
 
 def _convolutions(ops, make: _Maker) -> int:
+    return _run(ops, make, [True] * 6)
+
+
+def _own_convolutions(ops, make: _Maker) -> int:
+    """By this package's kernels alone, so without the gradient of the input."""
+    count = 0
+    for algorithm in backends.ALGORITHMS:
+        if algorithm != "two passes":
+            ops.prefer_algorithm(algorithm)
+            count += _run(ops, make, [False] + [True] * 5)
+    ops.prefer_algorithm("")
+    return count
+
+
+def _run(ops, make: _Maker, mask: list[bool]) -> int:
+    count = 0
     for channels, filters, taps, size, stride, groups in CONVOLUTIONS:
         x, w = make.maps(2, channels, size, size), make.maps(filters, channels // groups, taps, taps)
         out_size = (size + 2 * (taps // 2) - taps) // stride + 1
         grad = make.maps(2, filters, out_size, out_size)
         gain, mean_scale, bias = make.vectors(filters)
         vectors, geometry = (gain, mean_scale, 1.0), ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
-        _, mean, saved = ops.conv_center(x, w, *vectors, bias, grad, *geometry, "relu", 0.0, True)
-        mask = [True] * 6
+        try:
+            _, mean, saved = ops.conv_center(x, w, *vectors, bias, grad, *geometry, "relu", 0.0, True)
+        except RuntimeError as error:
+            if not str(error).startswith("algorithm "):
+                raise
+            continue  # that algorithm does not take it
         ops.conv_center_backward(grad, x, w, *vectors, mean, saved, *geometry, "relu", 0.0, 0.9, mask)
-    return 2 * len(CONVOLUTIONS)
+        count += 2
+    return count
 
 
 if __name__ == "__main__":
