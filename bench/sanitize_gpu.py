@@ -1,7 +1,7 @@
 """Runs every kernel of a backend on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu triton``.
 
 Tensors are made on the CPU and copied, so that nearly all that runs on the GPU is this package's. With the argument
-``convolutions`` behind the backend the ops of convolutions run instead, by every algorithm that takes them; with ``own``
+``convolutions`` behind the backend the ops of convolutions run instead, by every algorithm that takes them, with ``own``
 only what runs without cuDNN, of which racecheck knows nothing.
 """
 
