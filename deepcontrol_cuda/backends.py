@@ -323,6 +323,7 @@ def _obstacle(name: str, index: int | None) -> str | None:
     reason = _compiled[name].unavailable() or _compiled[name].unfit(index)
     if reason is None:
         _able.add((name, index))
+        _measured_times()
     return reason
 
 
@@ -330,6 +331,7 @@ def _obstacle(name: str, index: int | None) -> str | None:
 def _automatic_on_gpu(index: int, op: str, dtype: torch.dtype, layout: str, layer: _Layer | None) -> str:
     key = (index, op, dtype, layout, layer)
     if key not in _choices:
+        _measured_times()
         able = [name for name in _ON_GPUS if _why_not_chosen(name, index, op, dtype, layout) is None]
         time = _fastest(able, *key)
         _choices[key] = time.backend if time else able[0] if able else "reference"
@@ -355,15 +357,27 @@ def _fastest(
     names: Sequence[str], index: int, op: str, dtype: torch.dtype, layout: str, layer: _Layer | None
 ) -> measured.Time | None:
     """The least time of a layer where more than one backend can run it and each of them was timed."""
-    global _times
     if layer is None or len(names) < 2:
         return None
-    if _times is None:
-        _times = measured.read_or_warn(measured.FILE)
     (filters, channels, *kernel), stride, groups = layer
     text = measured.layer(kernel, channels * groups, filters, stride, groups)
     place = (_dotted(_gpu(index).capability), str(dtype).removeprefix("torch."), layout, text)
-    return measured.fastest(_times, place, names)
+    return measured.fastest(_measured_times(), place, names)
+
+
+def _measured_times() -> tuple[measured.Time, ...]:
+    """All there are; of those of backend "cuda" its kernels are told which algorithm was the fastest."""
+    global _times
+    if _times is None:
+        _times = measured.read_or_warn(measured.FILE)
+        for time in _times:
+            if time.backend == "cuda" and time.layout == "channels_last" and _why_no_cuda() is None:
+                _remember_fastest(time)
+    return _times
+
+
+def _remember_fastest(time: measured.Time) -> None:
+    torch.ops.deepcontrol.remember_fastest_algorithm(time.capability, time.dtype, time.layer, time.algorithm)
 
 
 def _why_not_chosen(name: str, index: int, op: str, dtype: torch.dtype, layout: str) -> str | None:

@@ -24,6 +24,8 @@ class Time:
     layer: str
     """As ``layer`` tells it."""
     backend: str
+    algorithm: str
+    """Of ``backends.ALGORITHMS`` the fastest; "" for a backend that does not have them."""
     seconds: float
     """Sum of the medians over the batches that were timed."""
     gpu: str
@@ -41,7 +43,7 @@ def layer(kernel_size: Sequence[int], channels: int, filters: int, stride: Seque
     return f"{size}, {channels} to {filters}, stride {steps}, groups {groups}"
 
 
-_TABLE = Table(Time, "times", 1, "chooses among proven backends without knowing their times")
+_TABLE = Table(Time, "times", 2, "chooses among proven backends without knowing their times")
 read, read_or_warn, write = _TABLE.read, _TABLE.read_or_warn, _TABLE.write
 
 

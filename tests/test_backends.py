@@ -234,6 +234,10 @@ def test_triton_is_chosen_where_cuda_is_not_proven(machine):
     assert backends.choose(on_gpu()) == "reference"
 
 
+# That the fastest of each backend was.
+ALGORITHM = {"cuda": "held sm90", "triton": ""}
+
+
 def test_the_faster_of_two_proven_backends_is_chosen(machine, monkeypatch, tmp_path):
     """Where both were timed at this layer, whatever the size of its maps."""
     digest = backends._compiled["triton"].kernels()
@@ -243,12 +247,18 @@ def test_the_faster_of_two_proven_backends_is_chosen(machine, monkeypatch, tmp_p
     # Which of its ways triton takes depends on the GPU.
     triton = dataclasses.replace(backends._compiled["triton"], describe=lambda *_: "one pass")
     monkeypatch.setitem(backends._compiled, "triton", triton)
+    told = []
+    monkeypatch.setattr(backends, "_remember_fastest", told.append)
 
     def times(**seconds):
         layer = measured.layer((3, 3), 8, 16, (2, 2), 1)
         place = ("9.0", "bfloat16", "channels_last", layer)
         measured.write(
-            [measured.Time(*place, name, value, "NVIDIA H100", "x.json") for name, value in seconds.items()], table
+            [
+                measured.Time(*place, name, ALGORITHM[name], value, "NVIDIA H100", "x.json")
+                for name, value in seconds.items()
+            ],
+            table,
         )
         monkeypatch.setattr(backends, "_times", None)
         machine(table=[*of_triton, *proofs(*OPS)])
@@ -259,6 +269,7 @@ def test_the_faster_of_two_proven_backends_is_chosen(machine, monkeypatch, tmp_p
     text = backends.explain(x, weight=w, stride=(2,))
     assert text.endswith("2026-01-31; the fastest that x.json has for this layer")
     assert backends.choose(x, weight=w) == backends.choose(x, op="center") == "cuda"
+    assert [(time.backend, time.algorithm) for time in told] == [("cuda", "held sm90")]
     times(cuda=1.0, triton=2.0)
     assert backends.choose(x, weight=w, stride=(2,)) == "cuda"
     times(triton=1.0)
@@ -275,7 +286,7 @@ def test_the_faster_of_two_proven_backends_is_chosen(machine, monkeypatch, tmp_p
 
 def test_a_table_of_times_reads_as_it_was_written(tmp_path):
     place = ("9.0", "bfloat16", "channels_last", measured.layer((3, 3), 8, 16, (2, 2), 1))
-    table = [measured.Time(*place, name, 1.5, "NVIDIA H100", "x.json") for name in ("cuda", "triton")]
+    table = [measured.Time(*place, name, ALGORITHM[name], 1.5, "NVIDIA H100", "x.json") for name in ("cuda", "triton")]
     measured.write(reversed(table), tmp_path / "table.json")
     assert list(measured.read(tmp_path / "table.json")) == table
     measured.read(measured.FILE)

@@ -13,6 +13,8 @@
 
 #include <atomic>
 #include <map>
+#include <mutex>
+#include <sstream>
 
 #include "../library.h"
 #include "dispatch.h"
@@ -21,6 +23,48 @@ namespace deepcontrol::cuda {
 namespace {
 
 std::atomic<const Algorithm*> preferred{nullptr};
+
+// The fastest of those that were timed, by compute capability, dtype and layer, the last as deepcontrol_cuda/measured.py
+// names it.
+class Fastest {
+ public:
+  void remember(const std::string& place, const Algorithm* algorithm) {
+    const std::lock_guard lock(mutex_);
+    known_[place] = algorithm;
+    ++changes_;
+  }
+  const Algorithm* find(const Device& device, const char* dtype, const std::string& layer) const {
+    const std::string capability = std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10);
+    const std::lock_guard lock(mutex_);
+    const auto found = known_.find(capability + ": " + dtype + ": " + layer);
+    return found == known_.end() ? nullptr : found->second;
+  }
+  int64_t changes() const { return changes_; }
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<std::string, const Algorithm*> known_;
+  std::atomic<int64_t> changes_{0};
+};
+Fastest fastest;
+
+const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return "float64";
+    case Dtype::bf16: return "bfloat16";
+    case Dtype::f16: return "float16";
+    default: return "float32";
+  }
+}
+
+std::string name_of(const Tensor& weight, at::IntArrayRef stride, int64_t groups) {
+  std::ostringstream text;
+  for (int64_t d = 2; d < weight.dim(); ++d) text << (d > 2 ? "x" : "") << weight.size(d);
+  text << ", " << weight.size(1) * groups << " to " << weight.size(0) << ", stride ";
+  for (size_t d = 0; d < stride.size(); ++d) text << (d > 0 ? "x" : "") << stride[d];
+  text << ", groups " << groups;
+  return text.str();
+}
 
 struct Layer {
   at::MemoryFormat format;
@@ -53,8 +97,8 @@ using Key = std::array<int64_t, 32>;
 
 Key key_of(const ConvCase& c, const Device& device) {
   Key key{int64_t(c.dtype), c.samples, c.channels, c.filters, c.groups, c.channels_innermost, c.aligned, c.centred,
-          c.tf32, device.capability, device.processors, device.shared_memory, device.sm90a};
-  size_t next = 13;
+          c.tf32, device.capability, device.processors, device.shared_memory, device.sm90a, fastest.changes()};
+  size_t next = 14;
   for (const auto& values : {c.windows.size, c.windows.kernel, c.windows.stride, c.windows.padding, c.windows.dilation}) {
     for (int d = 0; d < 3; ++d) key[next++] = values[d];
   }
@@ -73,10 +117,17 @@ auto remember(const ConvCase& c, const Device& device, F&& make) {
   return known.emplace(key, make()).first->second;
 }
 
-// An algorithm that is preferred takes the layer or raises with the reason.
-Chosen choose(const ConvCase& c, const Device& device) {
+// An algorithm that is preferred takes the layer or raises with the reason. Else it is the fastest that was timed, if that
+// takes a layer of these very sizes, or the one that is predicted to be.
+Chosen choose(const ConvCase& c, const Device& device, const Tensor& weight, at::IntArrayRef stride) {
   const Algorithm* algorithm = preferred.load();
-  if (!algorithm) return remember(c, device, [&] { return choose_conv(c, device); });
+  if (!algorithm) {
+    return remember(c, device, [&]() -> Chosen {
+      const Algorithm* timed = c.centred ? fastest.find(device, name_of(c.dtype), name_of(weight, stride, c.groups)) : nullptr;
+      if (timed && !why_not(*timed, c, device)) return {timed, plan_conv(*timed, c, device)};
+      return choose_conv(c, device);
+    });
+  }
   const auto obstacle = why_not(*algorithm, c, device);
   TORCH_CHECK(!obstacle, "algorithm '", algorithm->name, "': ", obstacle.value_or(""));
   return {algorithm, plan_conv(*algorithm, c, device)};
@@ -97,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_center(const Tensor& input, const Tensor
   const Tensor x = c.channels_innermost ? input.contiguous(format) : dense(input);
   const Tensor w = c.channels_innermost ? weight.contiguous(format) : weight;
   c.aligned = are_aligned({data(x), data(w)});
-  const Chosen chosen = choose(c, scope.device);
+  const Chosen chosen = choose(c, scope.device, weight, stride);
   const ConvPlan& plan = chosen.plan;
   if (plan.way == Way::two_passes) {
     const std::vector<int64_t> no_output_padding(stride.size(), 0);
@@ -285,19 +336,24 @@ std::string conv_algorithm(const Tensor& input, const Tensor& weight, at::IntArr
   const Scope scope(input);
   Layer layer = layer_of(input, weight, stride, padding, dilation, groups, true);
   layer.convolution.aligned = true;
-  return choose(layer.convolution, scope.device).algorithm->name;
+  return choose(layer.convolution, scope.device, weight, stride).algorithm->name;
 }
 
-void prefer_algorithm(c10::string_view name) {
-  const Algorithm* found = nullptr;
+const Algorithm* parse_algorithm(c10::string_view name) {
   std::string names;
   for (const Algorithm& algorithm : algorithms()) {
-    if (name == algorithm.name) found = &algorithm;
-    names += std::string("'") + algorithm.name + "', ";
+    if (name == algorithm.name) return &algorithm;
+    names += std::string(names.empty() ? "'" : ", '") + algorithm.name + "'";
   }
-  TORCH_CHECK_VALUE(found || name.empty(), "algorithm: got '", name, "', wanted one of ", names,
-                    "or '' for automatic choice");
-  preferred = found;
+  TORCH_CHECK_VALUE(false, "algorithm: got '", name, "', wanted one of ", names);
+}
+
+// One algorithm for every convolution, '' for automatic choice.
+void prefer_algorithm(c10::string_view name) { preferred = name.empty() ? nullptr : parse_algorithm(name); }
+
+void remember_fastest(c10::string_view capability, c10::string_view dtype, c10::string_view layer, c10::string_view name) {
+  const std::string place = std::string(capability) + ": " + std::string(dtype) + ": " + std::string(layer);
+  fastest.remember(place, parse_algorithm(name));
 }
 
 }  // namespace
@@ -307,6 +363,7 @@ DEEPCONTROL_DEFINE_MORE(m) {
       "conv_algorithm(Tensor input, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "SymInt groups) -> str");
   m.def("prefer_algorithm(str name) -> ()", prefer_algorithm);
+  m.def("remember_fastest_algorithm(str capability, str dtype, str layer, str name) -> ()", remember_fastest);
 }
 
 DEEPCONTROL_REGISTER_CUDA(m) {
