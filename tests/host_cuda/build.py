@@ -48,6 +48,7 @@ class Part(NamedTuple):
 
 HARNESS = [
     Part(HERE / "emulator.cpp", ["-O2"]),
+    Part(HERE / "products.cpp", ["-O2"]),
     # What it does the sanitizers take for errors. Its jumps need the frame pointer on some processors.
     Part(HERE / "fiber.cpp", ["-O2", "-fno-sanitize=all", "-fno-omit-frame-pointer"]),
 ]

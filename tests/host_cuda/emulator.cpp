@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "products.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -54,14 +55,16 @@ const char* name_of(State state) {
 }
 
 const char* name_of(Kind kind) {
-  constexpr const char* kNames[] = {"__syncwarp",  "__ballot_sync",  "__any_sync",       "__all_sync",
-                                    "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  constexpr const char* kNames[] = {
+      "__syncwarp",  "__ballot_sync",  "__any_sync",       "__all_sync",
+      "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
+      "load_matrices", "load_matrices_transposed", "multiply_add<bf16>", "multiply_add<f16>", "multiply_add<f32>"};
   return kNames[static_cast<int>(kind)];
 }
 
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;
+  const unsigned char* from;  // null: zeros
   unsigned char bytes[16];
   Where where;
 };
@@ -271,7 +274,55 @@ void wait_as(State state, const Where& where) {
   Fiber::suspend();
 }
 
+// What lanes bring to collectives of tensor cores; it lies on their stacks.
+struct MatrixRow {
+  const unsigned char* address;
+  unsigned* words;
+};
+struct Factors {
+  const unsigned* a;
+  const unsigned* b;
+  float* d;
+};
+
+void finish_loads(bool transposed, const Thread* lanes) {
+  const MatrixRow* rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<const MatrixRow*>(lanes[i].value);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t elements[8][8];
+    for (int r = 0; r < 8; ++r) std::memcpy(elements[r], rows[8 * matrix + r]->address, sizeof(elements[r]));
+    for (int i = 0; i < kLanes; ++i) {
+      const int across = i / 4, along = i % 4 * 2;
+      const uint16_t low = transposed ? elements[along][across] : elements[across][along];
+      const uint16_t high = transposed ? elements[along + 1][across] : elements[across][along + 1];
+      rows[i]->words[matrix] = low | unsigned{high} << 16;
+    }
+  }
+}
+
+void finish_products(Format format, const Thread* lanes) {
+  unsigned a[kLanes][4], b[kLanes][2];
+  float d[kLanes][4];
+  const Factors* factors[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    factors[i] = reinterpret_cast<const Factors*>(lanes[i].value);
+    std::memcpy(a[i], factors[i]->a, sizeof(a[i]));
+    std::memcpy(b[i], factors[i]->b, sizeof(b[i]));
+    std::memcpy(d[i], factors[i]->d, sizeof(d[i]));
+  }
+  multiply_add_warp(format, d, a, b);
+  for (int i = 0; i < kLanes; ++i) std::memcpy(factors[i]->d, d[i], sizeof(d[i]));
+}
+
 void finish_collective(Kind kind, unsigned mask, Thread* lanes) {
+  switch (kind) {
+    case Kind::load_matrices: finish_loads(false, lanes); break;
+    case Kind::load_matrices_transposed: finish_loads(true, lanes); break;
+    case Kind::multiply_add_bf16: finish_products(Format::bf16, lanes); break;
+    case Kind::multiply_add_f16: finish_products(Format::f16, lanes); break;
+    case Kind::multiply_add_tf32: finish_products(Format::tf32, lanes); break;
+    default: break;
+  }
   uint64_t ballot = 0;
   for (int i = 0; i < kLanes; ++i) ballot |= uint64_t{(mask >> i & 1) && lanes[i].value} << i;
   for (int i = 0; i < kLanes; ++i) {
@@ -445,6 +496,9 @@ uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, Where 
     fail_because(std::string(" meets ") + name_of(found->kind) + " of other lanes at " + describe(found->where) +
                  (found->mask != mask ? " with another mask" : ""));
   }
+  if (kind >= Kind::load_matrices && !same(found->where, where)) {
+    fail_because(", while other lanes wait in the one at " + describe(found->where));
+  }
   found->arrived |= own;
   if (found->arrived == mask) {
     warp.gatherings.erase(found);
@@ -454,24 +508,41 @@ uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, Where 
   return self.result;
 }
 
-void copy_async(void* shared, const void* global, Where where) {
-  Thread& thread = *current;
-  auto* to = static_cast<unsigned char*>(shared);
-  auto* from = static_cast<const unsigned char*>(global);
-  const unsigned char* begin = thread.block->shared;
-  if (to < begin || to + 16 > begin + shared_bytes) {
-    fail_here("copy_async_16 to byte " + std::to_string(to - begin) + " of " + std::to_string(shared_bytes) +
+// Where sixteen bytes of shared memory are for an instruction that is called `name`.
+const unsigned char* check_shared(const char* name, const void* shared, const Where& where) {
+  const auto* address = static_cast<const unsigned char*>(shared);
+  const ptrdiff_t offset = address - current->block->shared;
+  if (offset < 0 || static_cast<size_t>(offset) + 16 > shared_bytes) {
+    fail_here(std::string(name) + " byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes) +
                   " of shared memory",
               where);
   }
-  if ((to - begin) % 16 != 0) {
-    fail_here("copy_async_16 to byte " + std::to_string(to - begin) + " of shared memory, no multiple of 16", where);
+  if (offset % 16 != 0) {
+    fail_here(std::string(name) + " byte " + std::to_string(offset) + " of shared memory, no multiple of 16", where);
   }
+  return address;
+}
+
+void load_matrices(Kind kind, unsigned* words, const void* row, Where where) {
+  const MatrixRow own{check_shared("load_matrices from", row, where), words};
+  collective(kind, ~0u, reinterpret_cast<uint64_t>(&own), 0, where);
+}
+
+void multiply_add(Kind kind, float* d, const unsigned* a, const unsigned* b, Where where) {
+  const Factors own{a, b, d};
+  collective(kind, ~0u, reinterpret_cast<uint64_t>(&own), 0, where);
+}
+
+void copy_async(void* shared, const void* global, bool there, Where where) {
+  Thread& thread = *current;
+  check_shared("copy_async_16 to", shared, where);
+  auto* to = static_cast<unsigned char*>(shared);
+  auto* from = static_cast<const unsigned char*>(global);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail_here("copy_async_16 from an address that is no multiple of 16", where);
   }
-  Copy& copy = thread.copies.emplace_back(Copy{to, from, {}, where});
-  std::memcpy(copy.bytes, from, 16);
+  Copy& copy = thread.copies.emplace_back(Copy{to, there ? from : nullptr, {}, where});
+  if (there) std::memcpy(copy.bytes, from, 16);
   std::memset(to, kPoison, 16);
   ++thread.uncommitted;
 }
@@ -487,7 +558,7 @@ void copy_async_wait(size_t pending) {
   for (; thread.groups.size() - groups > pending; ++groups) done += thread.groups[groups];
   for (size_t i = 0; i < done; ++i) {
     const Copy& copy = thread.copies[i];
-    if (std::memcmp(copy.bytes, copy.from, 16) != 0) {
+    if (copy.from && std::memcmp(copy.bytes, copy.from, 16) != 0) {
       fail_here("the source of this asynchronous copy changed before its end", copy.where);
     }
     for (int j = 0; j < 16; ++j) {

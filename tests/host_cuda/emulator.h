@@ -12,8 +12,22 @@ namespace host_cuda {
 
 using Where = std::source_location;
 
-// What the lanes of a warp do together.
-enum class Kind { warp_barrier, ballot, any, all, shuffle, shuffle_up, shuffle_down, shuffle_xor };
+// What the lanes of a warp do together. From load_matrices on they all must come, and to the same place.
+enum class Kind {
+  warp_barrier,
+  ballot,
+  any,
+  all,
+  shuffle,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  load_matrices,
+  load_matrices_transposed,
+  multiply_add_bf16,
+  multiply_add_f16,
+  multiply_add_tf32,
+};
 
 // For the thread that runs.
 int lane();
@@ -21,7 +35,11 @@ unsigned char* shared_memory();
 void block_barrier(Where where);
 // The value of lane `source` for a shuffle, for the others the lanes of the mask that gave something other than zero.
 uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, Where where);
-void copy_async(void* shared, const void* global, Where where);
+// `row` is a lane's address, `words` what it gets.
+void load_matrices(Kind kind, unsigned* words, const void* row, Where where);
+void multiply_add(Kind kind, float* d, const unsigned* a, const unsigned* b, Where where);
+// Where nothing is `there`, zeros.
+void copy_async(void* shared, const void* global, bool there, Where where);
 void copy_async_commit();
 void copy_async_wait(size_t pending);
 void cluster_arrive(Where where);

@@ -1,5 +1,8 @@
 // Kernels that are right, and the same with one mistake each: what the harness must let pass and what it must notice.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/ptx.cuh"
 
@@ -37,6 +40,11 @@ enum class Mistake {  // faulty.py reads the names
   no_cluster_wait,
   no_cluster_wait_at_exit,
   rank_outside,
+  misaligned_row,
+  row_outside,
+  skips_load,
+  parted_lanes,
+  not_rounded,
 };
 
 __device__ float sum_warp(float value, Mistake mistake) {
@@ -119,6 +127,57 @@ __global__ void __launch_bounds__(kThreads)
   cluster_wait();
 }
 
+// d = a * b by one warp, 16 x 16 of 64 bytes along K. Of these `bytes` are there in each row of a and of b^T; or in memory
+// K goes down the rows if `transposed`, and all is there.
+template <class T>
+__global__ void __launch_bounds__(32)
+    multiply_tile(const T* a, const T* b, float* d, const int bytes, const bool transposed, const Mistake mistake) {
+  constexpr int kSide = 16, kStep = 32, kRowBytes = 64;
+  const int lane = threadIdx.x, row_bytes = transposed ? kSide * int(sizeof(T)) : kRowBytes, pitch = row_bytes + 16;
+  const int chunks = row_bytes / 16, rows = kSide * kRowBytes / row_bytes;
+  unsigned char* tiles[] = {dynamic_shared(), dynamic_shared() + rows * pitch};
+  for (int operand = 0; operand < 2; ++operand) {
+    const auto* from = reinterpret_cast<const unsigned char*>(operand ? b : a);
+    for (int i = lane; i < rows * chunks; i += 32) {
+      const int row = i / chunks, at = i % chunks * 16;
+      const bool there = transposed || at < bytes;
+      copy_async_16_or_zero(tiles[operand] + row * pitch + at, from + row * row_bytes + at, there);
+    }
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncwarp();
+  const int matrix = lane / 8, line = lane % 8;
+  float sums[2][4] = {};
+  for (int step = 0; step < kRowBytes / kStep; ++step) {
+    unsigned left[4], right[4];
+    if (transposed) {
+      const int first = step * kSide + line;
+      load_matrices_transposed(left, tiles[0] + (first + matrix / 2 * 8) * pitch + matrix % 2 * 16);
+      load_matrices_transposed(right, tiles[1] + (first + matrix % 2 * 8) * pitch + matrix / 2 * 16);
+    } else if (mistake != Mistake::skips_load || lane != 7) {
+      int at = step * kStep;
+      if (mistake == Mistake::misaligned_row && lane == 7) at += 8;
+      if (mistake == Mistake::row_outside && lane == 7) at += 2 * kSide * pitch;
+      load_matrices(left, tiles[0] + (line + matrix % 2 * 8) * pitch + at + matrix / 2 * 16);
+      load_matrices(right, tiles[1] + (line + matrix / 2 * 8) * pitch + at + matrix % 2 * 16);
+    }
+    if (sizeof(T) == 4 && mistake != Mistake::not_rounded) {
+      for (int i = 0; i < 4; ++i) left[i] = round_to_tf32(left[i]);
+      for (int i = 0; i < 4; ++i) right[i] = round_to_tf32(right[i]);
+    }
+    if (mistake == Mistake::parted_lanes && lane == 7) {
+      multiply_add<T>(sums[0], left, right[0], right[1]);
+    } else {
+      multiply_add<T>(sums[0], left, right[0], right[1]);
+    }
+    multiply_add<T>(sums[1], left, right[2], right[3]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * kSide + half * 8 + lane % 4 * 2 + i % 2] = sums[half][i];
+  }
+}
+
 }  // namespace
 }  // namespace deepcontrol::cuda
 
@@ -148,6 +207,19 @@ EXPORT int run_sum_cluster(const float* input, float* sums, int blocks, int clus
   using namespace deepcontrol::cuda;
   return report(launch(sum_cluster, blocks, kThreads, 64, cluster, host_cuda::current_stream(), input, sums, cluster,
                        static_cast<Mistake>(mistake)));
+}
+
+// `type` is 0 for bf16, 1 for f16, 2 for TF32.
+EXPORT int run_multiply_tile(const void* a, const void* b, float* d, int type, int bytes, int transposed, int mistake) {
+  using namespace deepcontrol::cuda;
+  const auto run = [&](auto kernel, auto first) {
+    using T = decltype(first);
+    return report(launch(kernel, 1, 32, 2 * 32 * 48, 1, host_cuda::current_stream(), static_cast<const T*>(a),
+                         static_cast<const T*>(b), d, bytes, transposed != 0, static_cast<Mistake>(mistake)));
+  };
+  if (type == 0) return run(multiply_tile<__nv_bfloat16>, __nv_bfloat16{});
+  if (type == 1) return run(multiply_tile<__half>, __half{});
+  return run(multiply_tile<float>, float{});
 }
 
 // Sizes as given, straight to the runtime: for its limits.
