@@ -6,7 +6,10 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <source_location>
+
+#include "products.h"
 
 namespace host_cuda {
 
@@ -27,6 +30,12 @@ enum class Kind {
   multiply_add_bf16,
   multiply_add_f16,
   multiply_add_tf32,
+  products_begin,
+  products_commit,
+  products_wait,
+  group_product,
+  set_registers,
+  group_barrier,
 };
 
 // For the thread that runs.
@@ -46,6 +55,22 @@ void cluster_arrive(Where where);
 void cluster_wait(Where where);
 // Where the cluster's block `rank` has what this block has at `own`.
 const void* of_cluster(const void* own, size_t bytes, unsigned rank, Where where);
+
+// As csrc/cuda/ptx_sm90.cuh has them. Boxes are of im2col where there are offsets, `ahead`.
+unsigned shared_address(const void* shared, Where where);
+void init_barrier(void* barrier, unsigned arrivals, Where where);
+void fence_barriers(Where where);
+void arrive(void* barrier, Where where);
+void arrive_and_expect(void* barrier, unsigned bytes, Where where);
+void wait_barrier(void* barrier, unsigned parity, Where where);
+void fence_async_proxy(Where where);
+void prefetch_tensor_map(const void* map, Where where);
+void load_box(void* shared, const void* map, void* barrier, std::initializer_list<int> at,
+              std::initializer_list<unsigned> ahead, Where where);
+void products(Kind kind, int pending, Where where);
+void multiply_add_group(Format format, int columns, float* d, uint64_t a, uint64_t b, Where where);
+void set_registers(int registers, bool more, Where where);
+void sync_group(int number, int threads, Where where);
 
 // Runs all threads of all blocks; each calls run(data).
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*run)(void*), void* data);

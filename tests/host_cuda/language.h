@@ -189,3 +189,5 @@ inline double load_from_cluster(const double* own, unsigned rank,
 }
 
 }  // namespace deepcontrol::cuda
+
+#include "language_sm90.h"

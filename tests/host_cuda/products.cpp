@@ -4,11 +4,13 @@
 #include "products.h"
 
 #include <bit>
+#include <cstring>
 
 namespace host_cuda {
 namespace {
 
-constexpr int kRows = 16, kColumns = 8;
+constexpr int kRows = 16, kDepth = 16, kColumns = 8;
+using Eight [[gnu::vector_size(kColumns * sizeof(float))]] = float;
 
 float from_bf16(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
@@ -29,11 +31,30 @@ float widen(Format format, uint32_t word, int which) {
   return format == Format::f16 ? from_f16(bits) : from_bf16(bits);
 }
 
+template <class Number>
+void widen(Format format, const uint16_t* numbers, int count, Number number) {
+  if (format == Format::f16) {
+    for (int i = 0; i < count; ++i) number(i) = from_f16(numbers[i]);
+  } else {
+    for (int i = 0; i < count; ++i) number(i) = from_bf16(numbers[i]);
+  }
+}
+
+void multiply(const float (&a)[kRows][kDepth], int depth, const Eight* b, float* d, int pitch) {
+  for (int row = 0; row < kRows; ++row) {
+    Eight sum;
+    std::memcpy(&sum, d + row * pitch, sizeof(sum));
+    for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k];
+    std::memcpy(d + row * pitch, &sum, sizeof(sum));
+  }
+}
+
 }  // namespace
 
 void multiply_add_warp(Format format, float (*d)[4], const unsigned (*a)[4], const unsigned (*b)[2]) {
-  const int per_word = format == Format::tf32 ? 1 : 2, depth = 8 * per_word;
-  float left[kRows][16], right[16][kColumns], sums[kRows][kColumns];
+  const int per_word = format == Format::tf32 ? 1 : 2;
+  float left[kRows][kDepth], sums[kRows][kColumns];
+  Eight right[kDepth];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4, turn = lane % 4;
     for (int i = 0; i < per_word; ++i) {
@@ -46,16 +67,22 @@ void multiply_add_warp(Format format, float (*d)[4], const unsigned (*a)[4], con
     }
     for (int i = 0; i < 4; ++i) sums[group + i / 2 * 8][turn * 2 + i % 2] = d[lane][i];
   }
-  for (int row = 0; row < kRows; ++row) {
-    float sum[kColumns];
-    for (int j = 0; j < kColumns; ++j) sum[j] = sums[row][j];
-    for (int k = 0; k < depth; ++k) {
-      for (int j = 0; j < kColumns; ++j) sum[j] += left[row][k] * right[k][j];
-    }
-    for (int j = 0; j < kColumns; ++j) sums[row][j] = sum[j];
-  }
+  multiply(left, 8 * per_word, right, &sums[0][0], kColumns);
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) d[lane][i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+void multiply_add_rows(Format format, int columns, float* d, const uint16_t* a, const uint16_t* b) {
+  float left[kRows][kDepth];
+  widen(format, a, kRows * kDepth, [&](int i) -> float& { return left[i / kDepth][i % kDepth]; });
+  for (int first = 0; first < columns; first += kColumns) {
+    float right[kDepth][kColumns];
+    widen(format, b + first * kDepth, kDepth * kColumns,
+          [&](int i) -> float& { return right[i % kDepth][i / kDepth]; });
+    Eight vectors[kDepth];
+    std::memcpy(vectors, right, sizeof(right));
+    multiply(left, kDepth, vectors, d + first, columns);
   }
 }
 
