@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from host_cuda import build, faulty
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +55,19 @@ def test_right_kernels_pass_in_every_order(kernels, kernel):
     assert outcomes(kernels, kernel, "none") == ["right"] * len(SEEDS)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "tf32"])
+def test_tensor_cores_multiply(kernels, dtype, transposed):
+    if transposed and dtype == torch.float32:
+        pytest.skip("only matrices of 16-bit numbers are transposed")
+    for there in (64,) if transposed else (64, 48, 16):
+        assert kernels.multiply_tile(dtype=dtype, transposed=transposed, there=there)
+
+
+def test_tf32_that_is_not_rounded_gives_a_wrong_result(kernels):
+    assert not kernels.multiply_tile("not_rounded")
+
+
 @pytest.mark.parametrize("mistake", ["no_barrier", "no_barrier_after_copy", "reuses_memory_early"])
 def test_a_missing_barrier_gives_a_wrong_result(kernels, mistake):
     assert outcomes(kernels, "sum_block", mistake).count("wrong") >= len(SEEDS) // 2
@@ -80,13 +95,17 @@ ERRORS = {
     ("sum_cluster", "no_cluster_wait_at_exit"): "block",
     ("sum_cluster", "no_cluster_wait"): "cluster_arrive twice without cluster_wait",
     ("sum_cluster", "rank_outside"): "load_from_cluster from block 4 of a cluster of 4",
+    ("multiply_tile", "misaligned_row"): "load_matrices from byte 568 of shared memory, no multiple of 16",
+    ("multiply_tile", "row_outside"): "load_matrices from byte 3120 of 3072 of shared memory",
+    ("multiply_tile", "skips_load"): "of other lanes at faulty.cu:",
+    ("multiply_tile", "parted_lanes"): "multiply_add<f32>, while other lanes wait in the one at faulty.cu:",
 }
 
 
 @pytest.mark.parametrize(("kernel", "mistake"), [pytest.param(*key, id=key[1]) for key in ERRORS])
 def test_mistakes_end_the_launch_in_every_order(kernels, kernel, mistake):
     for outcome in outcomes(kernels, kernel, mistake):
-        assert outcome.startswith(f"{kernel} of faulty.cu: ")
+        assert re.match(rf"{kernel}(<.*>)? of faulty\.cu: ", outcome)
         assert ERRORS[kernel, mistake] in outcome
         assert "[seed " in outcome
     assert getattr(kernels, kernel)(), "the next launch is not what it should be"

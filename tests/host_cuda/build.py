@@ -48,6 +48,9 @@ class Part(NamedTuple):
 
 HARNESS = [
     Part(HERE / "emulator.cpp", ["-O2"]),
+    Part(HERE / "products.cpp", ["-O2"]),
+    Part(HERE / "sm90.cpp", ["-O2"]),
+    Part(HERE / "tma.cpp", ["-O2"]),
     # What it does the sanitizers take for errors. Its jumps need the frame pointer on some processors.
     Part(HERE / "fiber.cpp", ["-O2", "-fno-sanitize=all", "-fno-omit-frame-pointer"]),
 ]
@@ -61,7 +64,7 @@ def cuda_headers() -> list[Path]:
         folders.append(Path(nvcc).resolve().parents[1] / "include")
     if triton := importlib.util.find_spec("triton"):
         folders.append(Path(triton.origin).parent / "backends/nvidia/include")
-    return [folder for folder in folders if all((folder / name).exists() for name in ("cuda_runtime.h", "cuda_bf16.h"))]
+    return [folder for folder in folders if all((folder / name).exists() for name in ("cuda.h", "cuda_runtime.h", "cuda_bf16.h"))]
 
 
 def why_not() -> str | None:

@@ -8,6 +8,7 @@
 
 #include "emulator.h"
 
+#include <cuda.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -24,24 +25,34 @@
 #include <vector>
 
 #include "fiber.h"
+#include "machine.h"
+#include "products.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace host_cuda {
+
+Gpu gpu{90, 227 * 1024, 132};
+Random random_number;
+size_t shared_bytes, threads_of_block;
+int cluster_phase;
+std::vector<Block> blocks;
+std::vector<Thread> threads;
+std::vector<Warp> warps;
+Thread* current = nullptr;
+
 namespace {
 
-constexpr int kLanes = 32;
-constexpr unsigned char kPoison = 0xff;  // NaN in every type of float
 constexpr size_t kWithoutAsking = 48 * 1024;
 constexpr size_t kLargestCluster = 8;
+// Shared memory is declared to be aligned to 16 bytes, and here it is to no more.
+constexpr size_t kAlignment = 1024;
 #ifdef HOST_CUDA_SANITIZED
 constexpr size_t kGuard = 0;  // the sanitizer watches what is behind
 #else
 constexpr size_t kGuard = 1024;
 #endif
-
-enum class State { ready, at_block_barrier, at_cluster_barrier, at_collective, exited };
 
 const char* name_of(State state) {
   switch (state) {
@@ -49,93 +60,33 @@ const char* name_of(State state) {
     case State::at_block_barrier: return "wait in __syncthreads";
     case State::at_cluster_barrier: return "wait in cluster_wait";
     case State::at_collective: return "wait in a collective of their warp";
+    case State::at_memory_barrier: return "wait for a barrier";
+    case State::at_group_barrier: return "wait in sync_group";
     default: return "have exited";
   }
 }
 
 const char* name_of(Kind kind) {
-  constexpr const char* kNames[] = {"__syncwarp",  "__ballot_sync",  "__any_sync",       "__all_sync",
-                                    "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  constexpr const char* kNames[] = {
+      "__syncwarp",     "__ballot_sync",
+      "__any_sync",     "__all_sync",
+      "__shfl_sync",    "__shfl_up_sync",
+      "__shfl_down_sync", "__shfl_xor_sync",
+      "load_matrices",  "load_matrices_transposed",
+      "multiply_add<bf16>", "multiply_add<f16>",
+      "multiply_add<f32>", "products_begin",
+      "products_commit", "products_wait",
+      "multiply_add_group", "a change of registers",
+      "sync_group"};
   return kNames[static_cast<int>(kind)];
 }
-
-struct Copy {
-  unsigned char* to;
-  const unsigned char* from;
-  unsigned char bytes[16];
-  Where where;
-};
-
-struct Block {
-  uint3 index;
-  unsigned char* shared;
-  size_t first_thread;
-  size_t arrived = 0;  // at the barrier
-  size_t exited = 0;
-  Where barrier;
-  // In phases of the cluster's barrier: the last in which another block read from this one, the first in which one of
-  // this block's threads left. -1: none.
-  int last_read = -1;
-  int first_exit = -1;
-};
-
-struct Thread {
-  Block* block;
-  size_t number;  // in the block
-  uint3 index;
-  State state;
-  Where where;
-  int cluster_arrivals, cluster_waits;
-  std::vector<Copy> copies;    // in flight, in the order of issue
-  std::vector<size_t> groups;  // for each that is committed, how many copies it holds
-  size_t uncommitted;
-  // What it brought to a collective and what it takes away.
-  uint64_t value, result;
-  int source;
-};
-
-// Lanes that wait for the rest of their mask.
-struct Gathering {
-  Kind kind;
-  unsigned mask, arrived;
-  Where where;  // of the first
-};
-
-struct Warp {
-  size_t first_thread;
-  unsigned lanes;  // that have not exited
-  unsigned ready = 0;
-  size_t place = 0;  // in the list of warps that can run
-  std::vector<Gathering> gatherings = {};  // of separate lanes
-};
-
-class Random {
- public:
-  void seed(uint64_t seed) { state_ = seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du; }
-  unsigned below(size_t n) {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return static_cast<unsigned>((state_ >> 32) * n >> 32);
-  }
-
- private:
-  uint64_t state_ = 1;
-};
 
 struct Counts {
   int64_t launches, blocks, clusters;
 };
 
-struct Gpu {
-  int capability;        // 90 for 9.0
-  size_t shared_memory;  // bytes that a block can have
-  int processors;
-};
-
 // What one may set, and what is counted.
 std::mutex mutex;
-Gpu gpu{90, 227 * 1024, 132};
 uint64_t seed = 0, launches = 0;
 int device = 0;  // another one for each GPU that is configured
 std::map<const void*, size_t> allowed;  // dynamic shared memory that was asked for, of each kernel
@@ -144,31 +95,16 @@ std::string message;
 cudaError_t last_error = cudaSuccess;
 
 // The launch in progress.
-Random random_number;
 unsigned pace;  // 0: a warp runs as long as it can; else a new one is chosen once in that many times
-size_t shared_bytes, threads_of_block, warps_of_block;
+size_t warps_of_block;
+size_t shared_shift;  // of the blocks' shared memory behind a multiple of 1024
 size_t live;  // threads that have not exited
-int cluster_phase;
 size_t cluster_arrived;
 bool failed;
 void (*run_kernel)(void*);
 void* kernel_data;
-std::vector<Block> blocks;
-std::vector<Thread> threads;
-std::vector<Warp> warps;
 std::vector<size_t> ready_warps;
 std::vector<std::unique_ptr<Fiber>> fibers;
-Thread* current = nullptr;
-
-bool same(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
-}
-
-std::string describe(uint3 index) {
-  std::string text = std::to_string(index.x);
-  if (gridDim.y > 1 || gridDim.z > 1) text += "," + std::to_string(index.y) + "," + std::to_string(index.z);
-  return text;
-}
 
 std::string file_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
@@ -205,9 +141,6 @@ std::map<uintptr_t, std::string> read_symbols(const char* library) {
   return symbols;
 }
 
-std::string describe(const char* file, unsigned line) { return file_name(file) + ":" + std::to_string(line); }
-std::string describe(const Where& where) { return describe(where.file_name(), where.line()); }
-
 std::string name_of(const void* kernel) {
   Dl_info info;
   if (!dladdr(kernel, &info)) return "kernel";
@@ -228,26 +161,9 @@ void fail(const std::string& why) {
   message = why;
 }
 
-[[noreturn]] void fail_here(const std::string& why, const std::string& place) {
-  const std::string thread = "thread " + std::to_string(current->number);
-  fail("block " + describe(current->block->index) + ", " + thread + ", " + place + ": " + why);
-  for (;;) Fiber::suspend();
-}
-[[noreturn]] void fail_here(const std::string& why, const Where& where) { fail_here(why, describe(where)); }
-
 size_t number_of(const Thread& thread) { return static_cast<size_t>(&thread - threads.data()); }
-size_t warp_of(const Thread& thread) {
+size_t index_of_warp(const Thread& thread) {
   return number_of(thread) / threads_of_block * warps_of_block + thread.number / kLanes;
-}
-
-void make_ready(Thread& thread) {
-  thread.state = State::ready;
-  Warp& warp = warps[warp_of(thread)];
-  if (warp.ready == 0) {
-    warp.place = ready_warps.size();
-    ready_warps.push_back(warp_of(thread));
-  }
-  warp.ready |= 1u << thread.number % kLanes;
 }
 
 Thread& take_next(size_t& last_warp) {
@@ -265,13 +181,105 @@ Thread& take_next(size_t& last_warp) {
   return threads[warp.first_thread + lane];
 }
 
+}  // namespace
+
+bool same(const Where& a, const Where& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+std::string describe(uint3 index) {
+  std::string text = std::to_string(index.x);
+  if (gridDim.y > 1 || gridDim.z > 1) text += "," + std::to_string(index.y) + "," + std::to_string(index.z);
+  return text;
+}
+
+std::string describe(const char* file, unsigned line) { return file_name(file) + ":" + std::to_string(line); }
+std::string describe(const Where& where) { return describe(where.file_name(), where.line()); }
+
+void fail_here(const std::string& why, const std::string& place) {
+  const std::string thread = "thread " + std::to_string(current->number);
+  fail("block " + describe(current->block->index) + ", " + thread + ", " + place + ": " + why);
+  for (;;) Fiber::suspend();
+}
+void fail_here(const std::string& why, const Where& where) { fail_here(why, describe(where)); }
+
+Warp& warp_of(const Thread& thread) { return warps[index_of_warp(thread)]; }
+
+void make_ready(Thread& thread) {
+  thread.state = State::ready;
+  Warp& warp = warp_of(thread);
+  if (warp.ready == 0) {
+    warp.place = ready_warps.size();
+    ready_warps.push_back(index_of_warp(thread));
+  }
+  warp.ready |= 1u << thread.number % kLanes;
+}
+
 void wait_as(State state, const Where& where) {
   current->state = state;
   current->where = where;
   Fiber::suspend();
 }
 
-void finish_collective(Kind kind, unsigned mask, Thread* lanes) {
+namespace {
+
+// What lanes bring to collectives of tensor cores; it lies on their stacks.
+struct MatrixRow {
+  const unsigned char* address;
+  unsigned* words;
+};
+struct Factors {
+  const unsigned* a;
+  const unsigned* b;
+  float* d;
+};
+
+void finish_loads(bool transposed, const Thread* lanes) {
+  const MatrixRow* rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<const MatrixRow*>(lanes[i].value);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t elements[8][8];
+    for (int r = 0; r < 8; ++r) std::memcpy(elements[r], rows[8 * matrix + r]->address, sizeof(elements[r]));
+    for (int i = 0; i < kLanes; ++i) {
+      const int across = i / 4, along = i % 4 * 2;
+      const uint16_t low = transposed ? elements[along][across] : elements[across][along];
+      const uint16_t high = transposed ? elements[along + 1][across] : elements[across][along + 1];
+      rows[i]->words[matrix] = low | unsigned{high} << 16;
+    }
+  }
+}
+
+void finish_products(Format format, const Thread* lanes) {
+  unsigned a[kLanes][4], b[kLanes][2];
+  float d[kLanes][4];
+  const Factors* factors[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    factors[i] = reinterpret_cast<const Factors*>(lanes[i].value);
+    std::memcpy(a[i], factors[i]->a, sizeof(a[i]));
+    std::memcpy(b[i], factors[i]->b, sizeof(b[i]));
+    std::memcpy(d[i], factors[i]->d, sizeof(d[i]));
+  }
+  multiply_add_warp(format, d, a, b);
+  for (int i = 0; i < kLanes; ++i) std::memcpy(factors[i]->d, d[i], sizeof(d[i]));
+}
+
+void finish_collective(Kind kind, unsigned mask, Thread* lanes, const Where& where) {
+  switch (kind) {
+    case Kind::load_matrices: finish_loads(false, lanes); break;
+    case Kind::load_matrices_transposed: finish_loads(true, lanes); break;
+    case Kind::multiply_add_bf16: finish_products(Format::bf16, lanes); break;
+    case Kind::multiply_add_f16: finish_products(Format::f16, lanes); break;
+    case Kind::multiply_add_tf32: finish_products(Format::tf32, lanes); break;
+    case Kind::products_begin:
+    case Kind::products_commit:
+    case Kind::products_wait: finish_products_step(kind, lanes, where); break;
+    case Kind::group_product: finish_group_product(lanes, where); break;
+    case Kind::set_registers: finish_set_registers(lanes, where); break;
+    case Kind::group_barrier:
+      if (!finish_group_barrier(lanes, where)) return;
+      break;
+    default: break;
+  }
   uint64_t ballot = 0;
   for (int i = 0; i < kLanes; ++i) ballot |= uint64_t{(mask >> i & 1) && lanes[i].value} << i;
   for (int i = 0; i < kLanes; ++i) {
@@ -285,6 +293,7 @@ void finish_collective(Kind kind, unsigned mask, Thread* lanes) {
 
 void release_block(Block& block) {
   block.arrived = 0;
+  ++block.synced;
   for (size_t i = 0; i < threads_of_block; ++i) make_ready(threads[block.first_thread + i]);
 }
 
@@ -307,7 +316,9 @@ std::string describe_deadlock() {
       }
       text << (begin == 0 ? " " : ", ") << "threads " << begin << " to " << end - 1 << " " << name_of(thread.state);
       if (thread.state == State::exited) continue;
-      text << " (" << describe(thread.where) << ")";
+      text << " (" << describe(thread.where);
+      if (thread.state == State::at_memory_barrier) text << ", " << describe_wait(thread);
+      text << ")";
     }
   }
   return text.str();
@@ -322,9 +333,10 @@ void exit_thread() {
   if (thread.cluster_arrivals != thread.cluster_waits) {
     fail_here("exits between cluster_arrive, this one, and cluster_wait", thread.where);
   }
+  check_exit(thread);
   if (block.first_exit < 0 || thread.cluster_waits < block.first_exit) block.first_exit = thread.cluster_waits;
   thread.state = State::exited;
-  warps[warp_of(thread)].lanes &= ~(1u << thread.number % kLanes);
+  warp_of(thread).lanes &= ~(1u << thread.number % kLanes);
   --live;
   if (++block.exited < threads_of_block) return;
   for (size_t i = 0; i < kGuard; ++i) {
@@ -333,6 +345,9 @@ void exit_thread() {
       return fail("block " + describe(block.index) + ": something was written behind its " + where +
                   std::to_string(shared_bytes + i));
     }
+  }
+  if (const std::string why = why_not_end(block); !why.empty()) {
+    return fail("block " + describe(block.index) + ": " + why);
   }
   std::memset(block.shared, kPoison, shared_bytes);
 }
@@ -379,7 +394,8 @@ void set_up_cluster(size_t first, size_t size) {
     block.index = {static_cast<unsigned>(number % gridDim.x), static_cast<unsigned>(number / gridDim.x % gridDim.y),
                    static_cast<unsigned>(number / gridDim.x / gridDim.y)};
     // Exactly as large as asked for, so that the sanitizer sees an access behind it.
-    block.shared = static_cast<unsigned char*>(std::malloc(shared_bytes + kGuard));
+    block.memory = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, shared_shift + shared_bytes + kGuard));
+    block.shared = block.memory + shared_shift;
     std::memset(block.shared, kPoison, shared_bytes + kGuard);
     block.first_thread = b * threads_of_block;
     for (size_t w = 0; w < warps_of_block; ++w) {
@@ -402,7 +418,7 @@ void set_up_cluster(size_t first, size_t size) {
 }
 
 void tear_down_cluster() {
-  for (Block& block : blocks) std::free(block.shared);
+  for (Block& block : blocks) std::free(block.memory);
   if (!failed) return;
   for (size_t i = 0; i < blocks.size() * threads_of_block; ++i) fibers[i]->abandon();
 }
@@ -429,7 +445,7 @@ void block_barrier(Where where) {
 
 uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, Where where) {
   Thread& self = *current;
-  Warp& warp = warps[warp_of(self)];
+  Warp& warp = warp_of(self);
   const unsigned own = 1u << lane();
   const auto fail_because = [&](const std::string& why) { fail_here(name_of(kind) + why, where); };
   if (!(mask & own)) fail_because(": the mask leaves out the calling lane");
@@ -445,33 +461,53 @@ uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, Where 
     fail_because(std::string(" meets ") + name_of(found->kind) + " of other lanes at " + describe(found->where) +
                  (found->mask != mask ? " with another mask" : ""));
   }
+  if (kind >= Kind::load_matrices && !same(found->where, where)) {
+    fail_because(", while other lanes wait in the one at " + describe(found->where));
+  }
   found->arrived |= own;
   if (found->arrived == mask) {
     warp.gatherings.erase(found);
-    finish_collective(kind, mask, &threads[warp.first_thread]);
+    finish_collective(kind, mask, &threads[warp.first_thread], where);
   }
   Fiber::suspend();
   return self.result;
 }
 
-void copy_async(void* shared, const void* global, Where where) {
-  Thread& thread = *current;
-  auto* to = static_cast<unsigned char*>(shared);
-  auto* from = static_cast<const unsigned char*>(global);
-  const unsigned char* begin = thread.block->shared;
-  if (to < begin || to + 16 > begin + shared_bytes) {
-    fail_here("copy_async_16 to byte " + std::to_string(to - begin) + " of " + std::to_string(shared_bytes) +
+// Where sixteen bytes of shared memory are for an instruction that is called `name`.
+const unsigned char* check_shared(const char* name, const void* shared, const Where& where) {
+  const auto* address = static_cast<const unsigned char*>(shared);
+  const ptrdiff_t offset = address - current->block->shared;
+  if (offset < 0 || static_cast<size_t>(offset) + 16 > shared_bytes) {
+    fail_here(std::string(name) + " byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes) +
                   " of shared memory",
               where);
   }
-  if ((to - begin) % 16 != 0) {
-    fail_here("copy_async_16 to byte " + std::to_string(to - begin) + " of shared memory, no multiple of 16", where);
+  if (offset % 16 != 0) {
+    fail_here(std::string(name) + " byte " + std::to_string(offset) + " of shared memory, no multiple of 16", where);
   }
+  return address;
+}
+
+void load_matrices(Kind kind, unsigned* words, const void* row, Where where) {
+  const MatrixRow own{check_shared("load_matrices from", row, where), words};
+  collective(kind, ~0u, reinterpret_cast<uint64_t>(&own), 0, where);
+}
+
+void multiply_add(Kind kind, float* d, const unsigned* a, const unsigned* b, Where where) {
+  const Factors own{a, b, d};
+  collective(kind, ~0u, reinterpret_cast<uint64_t>(&own), 0, where);
+}
+
+void copy_async(void* shared, const void* global, bool there, Where where) {
+  Thread& thread = *current;
+  check_shared("copy_async_16 to", shared, where);
+  auto* to = static_cast<unsigned char*>(shared);
+  auto* from = static_cast<const unsigned char*>(global);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     fail_here("copy_async_16 from an address that is no multiple of 16", where);
   }
-  Copy& copy = thread.copies.emplace_back(Copy{to, from, {}, where});
-  std::memcpy(copy.bytes, from, 16);
+  Copy& copy = thread.copies.emplace_back(Copy{to, there ? from : nullptr, {}, where});
+  if (there) std::memcpy(copy.bytes, from, 16);
   std::memset(to, kPoison, 16);
   ++thread.uncommitted;
 }
@@ -487,7 +523,7 @@ void copy_async_wait(size_t pending) {
   for (; thread.groups.size() - groups > pending; ++groups) done += thread.groups[groups];
   for (size_t i = 0; i < done; ++i) {
     const Copy& copy = thread.copies[i];
-    if (std::memcmp(copy.bytes, copy.from, 16) != 0) {
+    if (copy.from && std::memcmp(copy.bytes, copy.from, 16) != 0) {
       fail_here("the source of this asynchronous copy changed before its end", copy.where);
     }
     for (int j = 0; j < 16; ++j) {
@@ -509,6 +545,7 @@ void cluster_arrive(Where where) {
   if (++cluster_arrived < blocks.size() * threads_of_block) return;
   cluster_arrived = 0;
   ++cluster_phase;
+  for (Block& block : blocks) ++block.synced;
   for (size_t i = 0; i < blocks.size() * threads_of_block; ++i) {
     if (threads[i].state == State::at_cluster_barrier) make_ready(threads[i]);
   }
@@ -600,6 +637,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   blockDim = block;
   gridDim = grid;
   shared_bytes = config.dynamicSmemBytes;
+  shared_shift = 16 * random_number.below(kAlignment / 16);
   threads_of_block = block_threads;
   warps_of_block = (block_threads + kLanes - 1) / kLanes;
   run_kernel = run;
@@ -716,5 +754,22 @@ void __ubsan_handle_type_mismatch_v1_abort(const Misaligned* access, uintptr_t a
                        host_cuda::describe(access->file, access->line));
 }
 #endif
+
+// The driver's functions that a kernel's host code asks the runtime for.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  const std::string name = symbol;
+  *function = name == "cuTensorMapEncodeTiled"    ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled)
+              : name == "cuTensorMapEncodeIm2col" ? reinterpret_cast<void*>(&cuTensorMapEncodeIm2col)
+                                                  : nullptr;
+  if (version < 12000) *function = nullptr;
+  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* status) {
+  return cudaGetDriverEntryPointByVersion(symbol, function, CUDA_VERSION, flags, status);
+}
 
 }  // extern "C"

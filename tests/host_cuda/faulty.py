@@ -17,6 +17,11 @@ TILE = 512
 THREADS = 128
 
 
+def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Of positive numbers."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 class Faulty:
     def __init__(self, path: Path):
         self.emulator = build.Emulator(path)
@@ -45,6 +50,44 @@ class Faulty:
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (numbers, sums)]
         self._check(self._library.run_sum_cluster(*pointers, blocks, cluster, MISTAKES.index(mistake)))
         return torch.equal(sums, wanted)
+
+    def multiply_tile(
+        self, mistake: str = "none", dtype: torch.dtype = torch.float32, transposed: bool = False, there: int = 64
+    ) -> bool:  # fmt: skip
+        """Whether a product of 16 x 16 of 64 bytes along K, of which ``there`` are not zero, is right."""
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.rand(16, 64 // dtype.itemsize, generator=generator).to(dtype) for _ in range(2)]
+        sums = torch.full((16, 16), torch.nan)
+        brought = [part.t().contiguous() if transposed else part for part in rows]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*brought, sums)]
+        kind = [torch.bfloat16, torch.float16, torch.float32].index(dtype)
+        self._check(self._library.run_multiply_tile(*pointers, kind, there, transposed, MISTAKES.index(mistake)))
+        if dtype == torch.float32:
+            rows = [round_to_tf32(part) for part in rows]
+        a, b = (part[:, : there // dtype.itemsize].double() for part in rows)
+        return torch.allclose(sums.double(), a @ b.t(), rtol=1e-6, atol=0)
+
+    def convolve(
+        self, mistake: str = "none", dtype: torch.dtype = torch.bfloat16, samples: int = 2, channels: int = 72,
+        size: tuple = (9, 8), taps: tuple = (3, 2), stride: tuple = (2, 1), padding: tuple = (1, 2),
+        dilation: tuple = (1, 2),
+    ) -> bool:  # fmt: skip
+        """Whether a convolution to 16 filters is right."""
+        dimensions = len(size)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(samples, *size, channels, generator=generator).to(dtype)
+        weight = torch.randn(16, *taps, channels, generator=generator).to(dtype)
+        convolution = torch.nn.functional.conv2d if dimensions == 2 else torch.nn.functional.conv3d
+        wanted = convolution(
+            x.double().movedim(-1, 1), weight.double().movedim(-1, 1), None, stride, padding, dilation
+        ).movedim(1, -1)  # fmt: skip
+        y = torch.full(wanted.shape, torch.nan)
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y)]
+        ones = [(size, 1), (taps, 1), (stride, 1), (padding, 0), (dilation, 1)]
+        triples = [(ctypes.c_int * 3)(*reversed(given), *[missing] * (3 - dimensions)) for given, missing in ones]
+        arguments = [dtype == torch.float16, dimensions, samples, channels, *triples, MISTAKES.index(mistake)]
+        self._check(self._library.run_convolve(*pointers, *arguments))
+        return torch.allclose(y.double(), wanted, rtol=1e-5, atol=1e-3)
 
     def launch(
         self, blocks: int = 1, threads: int = 32, shared: int = 0, cluster: int = 1, ask: bool = False,

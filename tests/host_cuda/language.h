@@ -6,6 +6,7 @@
 #define cudaLaunchKernelEx cudaLaunchKernelExWithoutTypes
 #include <cuda_runtime.h>
 #undef cudaLaunchKernelEx
+#include <cuda_fp16.h>
 
 #include <cmath>
 #include <cstdint>
@@ -141,12 +142,36 @@ inline void store_16(void* global, const uint4& value) { *static_cast<uint4*>(gl
 inline void prefetch_second_level(const void*) {}
 inline void copy_async_16(void* shared, const void* global,
                           std::source_location where = std::source_location::current()) {
-  host_cuda::copy_async(shared, global, where);
+  host_cuda::copy_async(shared, global, true, where);
+}
+inline void copy_async_16_or_zero(void* shared, const void* global, bool there,
+                                  std::source_location where = std::source_location::current()) {
+  host_cuda::copy_async(shared, global, there, where);
 }
 inline void copy_async_commit() { host_cuda::copy_async_commit(); }
 template <int pending>
 void copy_async_wait() {
   host_cuda::copy_async_wait(pending);
+}
+inline void load_matrices(unsigned (&words)[4], const void* row,
+                          std::source_location where = std::source_location::current()) {
+  host_cuda::load_matrices(host_cuda::Kind::load_matrices, words, row, where);
+}
+inline void load_matrices_transposed(unsigned (&words)[4], const void* row,
+                                     std::source_location where = std::source_location::current()) {
+  host_cuda::load_matrices(host_cuda::Kind::load_matrices_transposed, words, row, where);
+}
+inline unsigned round_to_tf32(unsigned bits) {
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  return is_nan ? 0x7fffffff : (bits + 0x1000) & ~0x1fffu;
+}
+template <class T>
+void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                  std::source_location where = std::source_location::current()) {
+  using host_cuda::Kind;
+  constexpr Kind kHalf = std::is_same_v<T, __half> ? Kind::multiply_add_f16 : Kind::multiply_add_bf16;
+  const unsigned b[] = {b0, b1};
+  host_cuda::multiply_add(sizeof(T) == 4 ? Kind::multiply_add_tf32 : kHalf, d, a, b, where);
 }
 inline void cluster_arrive(std::source_location where = std::source_location::current()) {
   host_cuda::cluster_arrive(where);
@@ -164,3 +189,5 @@ inline double load_from_cluster(const double* own, unsigned rank,
 }
 
 }  // namespace deepcontrol::cuda
+
+#include "language_sm90.h"
