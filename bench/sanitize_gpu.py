@@ -1,8 +1,8 @@
 """Runs every kernel of a backend on small tensors, for compute-sanitizer: ``python -m bench.sanitize_gpu triton``.
 
 Tensors are made on the CPU and copied, so that nearly all that runs on the GPU is this package's. With the argument
-``convolutions`` behind the backend the ops of convolutions run, by every algorithm that takes them; with ``own`` only what
-runs without cuDNN, of which racecheck knows nothing.
+``convolutions`` behind the backend the ops of convolutions run, by every algorithm that takes them; with ``own`` only
+what runs without cuDNN, of which racecheck knows nothing.
 """
 
 from __future__ import annotations
