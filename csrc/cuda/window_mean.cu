@@ -1,5 +1,6 @@
 // window_mean: for each tap of a kernel the mean of the input that it sees. The input is read once, n * C * taps numbers
-// are written.
+// are written; for the product with a weight (`for_product`, channels innermost alone) they are not rounded, and lie as the
+// weight does.
 //
 // Along one axis a tap sees every stride-th pixel of a range. So the pixels fall into classes, each seen by the same taps:
 // the ranges' ends cut the axis into segments, and within one the pixels that are a stride apart are a class. A kernel of
@@ -151,8 +152,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 2 : 3)
       }
       const int64_t tap = ((job.first_tap[0] + t[0]) * windows.kernel[1] + job.first_tap[1] + t[1]) * windows.kernel[2] +
                           job.first_tap[2] + t[2];
+      const A mean = sum / seen;
+      if (p.for_product) {
+        static_cast<A*>(p.means)[(sample * windows.taps() + tap) * channels + channel + at] = mean;
+        continue;
+      }
       const int64_t map = channels_innermost ? sample * channels + channel + at : channel + at;
-      static_cast<T*>(p.means)[map * windows.taps() + tap] = narrow<T>(sum / seen);
+      static_cast<T*>(p.means)[map * windows.taps() + tap] = narrow<T>(mean);
     }
   }
   if (job.parts > 1) cluster_wait();

@@ -1,0 +1,567 @@
+// conv_center in one pass on tensor cores of sm_80 and up: an implicit matrix product with the whole layer in its epilogue.
+//
+// Rows are the output's pixels of all samples, columns the filters of a group, and what is summed over is (tap, channel).
+// The input is read from memory once if the caches keep what taps and neighbouring columns share, the weights once, the
+// residual once; the output and one bit an element are written once. Means of maps that fit a tile are taken from the sums
+// (`held`), others are known before. Where tiles are too few for the GPU the sum is split, and a second launch adds the
+// parts from the workspace: then that one takes the means.
+//
+// A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in each,
+// swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps an offset of 32 bits, where the first
+// tap sees the input, and a word that tells which taps miss it; how far ahead a tap is, and its bits, are the same for all.
+// So a chunk costs three instructions, and no division. Channels that are no multiple of 16 bytes, and tensors that are not
+// aligned, come element by element, with taps sharing a step.
+
+#include "conv_epilogue.cuh"
+#include "conv_tiles.h"
+#include "division.cuh"
+#include "implicit_gemm.cuh"
+#include "launch.cuh"
+#include "params.h"
+
+namespace deepcontrol::cuda {
+namespace {
+
+static_assert(kStepBytes == kConvStepBytes);
+
+// Row tiles that go through all columns before the next ones do: blocks that run together share input and weights.
+constexpr unsigned kBand = 8;
+constexpr unsigned kNoRow = 1u << 31;
+
+struct Job {
+  Divisor pixels, plane, width;                // of the output
+  Divisor channels, kernel_plane, kernel_row;  // of a group; of the kernel
+  int size[3], kernel[3], stride[3], padding[3], dilation[3];
+  unsigned first_bit[3];  // of a dimension's taps; 0: it is not padded
+  int rows, group_channels, group_filters;
+  unsigned row_tiles, column_tiles, groups;
+  int height;   // rows of a tile that are used
+  int samples;  // whole maps of a tile if it takes their means
+  int stages, steps, steps_of_split;
+  int split_pitch;  // of the workspace, (splits, rows, columns of all tiles); 0: the sum is not split
+  // In chunks of 16 bytes.
+  int input_pitch, group_pitch, weight_pitch;
+  // In bytes, what leads from behind the last channel or tap of a line to the next tap, line or plane.
+  int64_t next_tap, next_line, next_plane, next_weights;
+};
+
+// The block's tile.
+struct Place {
+  int split, group;
+  int row;     // the first
+  int column;  // the first, of the group
+  int filter;  // the same, of all
+
+  __device__ Place(const Job& job, int rows, int columns) {
+    const unsigned tiles = job.row_tiles * job.column_tiles, tile = blockIdx.x % tiles, rest = blockIdx.x / tiles;
+    group = rest % job.groups;
+    split = rest / job.groups;
+    const unsigned band = tile / (kBand * job.column_tiles), within = tile % (kBand * job.column_tiles);
+    const unsigned left = job.row_tiles - band * kBand, height = left < kBand ? left : kBand;
+    row = static_cast<int>((band * kBand + within % height) * job.height);
+    column = static_cast<int>(within / height) * columns;
+    filter = group * job.group_filters + column;
+  }
+};
+
+// What the taps see of the input at one row of the product.
+struct Row {
+  int pixel;         // the first tap's, of the whole input; it may lie in front
+  unsigned missing;  // bits of the taps that are beside the input
+};
+static_assert(sizeof(Row) == kConvRowBytes);
+
+__device__ __forceinline__ Row row_of(const Job& job, int m) {
+  const unsigned sample = job.pixels(m);
+  unsigned rest = m - sample * job.pixels.by, out[3];
+  out[0] = job.plane(rest);
+  rest -= out[0] * job.plane.by;
+  out[1] = job.width(rest);
+  out[2] = rest - out[1] * job.width.by;
+  unsigned pixel = sample, missing = 0;
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    int at = static_cast<int>(out[d]) * job.stride[d] - job.padding[d];
+    pixel = pixel * job.size[d] + at;
+    if (!job.first_bit[d]) continue;
+    for (int tap = 0; tap < job.kernel[d]; ++tap, at += job.dilation[d]) {
+      if (unsigned(at) >= unsigned(job.size[d])) missing |= job.first_bit[d] << tap;
+    }
+  }
+  return {static_cast<int>(pixel), missing};
+}
+
+// Of the tile, for all threads to read.
+__device__ __forceinline__ void make_table(const Job& job, const Place& place, int rows, Row* table) {
+  for (int r = threadIdx.x; r < rows; r += kThreads) {
+    const int m = place.row + r;
+    table[r] = r < job.height && m < job.rows ? row_of(job, m) : Row{0, kNoRow};
+  }
+  __syncthreads();
+}
+
+// Brings the steps of the sum on chip one after another, in whole vectors: taps, and the channels of each.
+template <class T, int rows, int columns>
+class Vectors {
+  static constexpr int kRowsApart = kThreads / kStepChunks;
+  static constexpr int kRowsOfThread = rows / kRowsApart, kColumnsOfThread = columns / kRowsApart;
+
+ public:
+  __device__ __forceinline__ Vectors(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
+      : job_(job) {
+    const int chunk = threadIdx.x % kStepChunks, first = threadIdx.x / kStepChunks;
+    to_ = swizzled(first, chunk);
+    first_channel_ = chunk * kVector<T>;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const Row row = table[first + i * kRowsApart];
+      offset_[i] = row.pixel * job.input_pitch + place.group * job.group_pitch + chunk;
+      missing_[i] = row.missing;
+    }
+    weight_offset_ = static_cast<int>(unsigned(place.filter + first) * unsigned(job.weight_pitch) + chunk);
+    columns_left_ = job.group_filters - place.column - first;
+    // Once a block: where the split begins.
+    const int steps_of_tap = (job.group_channels + kStep - 1) / kStep, tap = step / steps_of_tap;
+    const int d = tap / (job.kernel[1] * job.kernel[2]);
+    h_ = tap / job.kernel[2] % job.kernel[1];
+    w_ = tap % job.kernel[2];
+    channel_ = step % steps_of_tap * kStep;
+    need_[0] = job.first_bit[0] << d, need_[1] = job.first_bit[1] << h_, need_[2] = job.first_bit[2] << w_;
+    const int64_t ahead =
+        (int64_t(d * job.dilation[0]) * job.size[1] + h_ * job.dilation[1]) * job.size[2] + w_ * job.dilation[2];
+    input_ = static_cast<const unsigned char*>(p.input) + ahead * job.input_pitch * kVectorBytes +
+             channel_ * int64_t(sizeof(T));
+    weight_ = static_cast<const unsigned char*>(p.weight) +
+              (int64_t(tap) * job.group_channels + channel_) * int64_t(sizeof(T));
+  }
+
+  __device__ __forceinline__ void load(unsigned char* stage) {
+    const bool inside = channel_ + first_channel_ < job_.group_channels;
+    const unsigned need = need_[0] | need_[1] | need_[2] | kNoRow;
+    unsigned char* to = stage + to_;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, input_ + int64_t(offset_[i]) * kVectorBytes,
+                            inside && !(missing_[i] & need));
+    }
+    to += rows * kStepBytes;
+#pragma unroll
+    for (int i = 0; i < kColumnsOfThread; ++i) {
+      const int offset = weight_offset_ + i * kRowsApart * job_.weight_pitch;
+      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, weight_ + int64_t(offset) * kVectorBytes,
+                            inside && i * kRowsApart < columns_left_);
+    }
+    advance();
+  }
+
+ private:
+  static constexpr int kStep = kStepBytes / sizeof(T);
+
+  __device__ __forceinline__ void advance() {
+    input_ += kStepBytes;
+    weight_ += kStepBytes;
+    channel_ += kStep;
+    if (channel_ < job_.group_channels) return;
+    channel_ = 0;
+    weight_ += job_.next_weights;
+    input_ += job_.next_tap;
+    need_[2] <<= 1;
+    if (++w_ < job_.kernel[2]) return;
+    w_ = 0;
+    need_[2] = job_.first_bit[2];
+    input_ += job_.next_line;
+    need_[1] <<= 1;
+    if (++h_ < job_.kernel[1]) return;
+    h_ = 0;
+    need_[1] = job_.first_bit[1];
+    input_ += job_.next_plane;
+    need_[0] <<= 1;
+  }
+
+  const Job& job_;
+  // Of the thread: chunks of 16 bytes from where the step's tap and channels begin.
+  int offset_[kRowsOfThread];
+  unsigned missing_[kRowsOfThread];
+  int weight_offset_, columns_left_;
+  int to_, first_channel_;
+  // Of the step.
+  const unsigned char* input_;
+  const unsigned char* weight_;
+  unsigned need_[3];
+  int channel_, h_, w_;
+};
+
+// The same element by element. A warp has a row at a time and a lane four bytes of it, so that neighbours in memory are
+// read together.
+template <class T, int rows, int columns>
+class Elements {
+ public:
+  __device__ __forceinline__ Elements(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
+      : p_(p), job_(job), place_(place), table_(table), k_(step * kStep) {}
+
+  __device__ __forceinline__ void load(unsigned char* stage) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, terms = job_.kernel_plane.by * job_.kernel[0] * job_.channels.by;
+    int64_t ahead[kTogether];
+    unsigned need[kTogether];
+    bool exists[kTogether];
+#pragma unroll
+    for (int e = 0; e < kTogether; ++e) {
+      const int k = k_ + lane * kTogether + e;
+      exists[e] = k < terms;
+      const unsigned tap = job_.channels(k), channel = k - tap * job_.channels.by;
+      const unsigned d = job_.kernel_plane(tap), rest = tap - d * job_.kernel_plane.by;
+      const unsigned h = job_.kernel_row(rest), w = rest - h * job_.kernel_row.by;
+      const int64_t pixel =
+          (int64_t(d * job_.dilation[0]) * job_.size[1] + h * job_.dilation[1]) * job_.size[2] + w * job_.dilation[2];
+      ahead[e] = pixel * p_.channels + channel;
+      need[e] = job_.first_bit[0] << d | job_.first_bit[1] << h | job_.first_bit[2] << w | kNoRow;
+    }
+    const T* input = static_cast<const T*>(p_.input) + place_.group * job_.group_channels;
+#pragma unroll 4
+    for (int r = warp; r < rows; r += kWarps) {
+      const Row row = table_[r];
+      T elements[kTogether];
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) {
+        elements[e] = exists[e] && !(row.missing & need[e]) ? input[row.pixel * p_.channels + ahead[e]] : narrow<T>(0.0f);
+      }
+      memcpy(stage + swizzled(r, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
+    }
+    stage += rows * kStepBytes;
+    const T* weight = static_cast<const T*>(p_.weight) + int64_t(place_.filter) * terms + k_ + lane * kTogether;
+#pragma unroll 4
+    for (int c = warp; c < columns; c += kWarps) {
+      const bool inside = place_.column + c < job_.group_filters;
+      T elements[kTogether];
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) {
+        elements[e] = inside && exists[e] ? weight[int64_t(c) * terms + e] : narrow<T>(0.0f);
+      }
+      memcpy(stage + swizzled(c, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
+    }
+    k_ += kStep;
+  }
+
+ private:
+  static constexpr int kStep = kStepBytes / sizeof(T), kTogether = 4 / sizeof(T);
+
+  const ConvForward& p_;
+  const Job& job_;
+  const Place& place_;
+  const Row* table_;
+  int k_;
+};
+
+// Until all but the newest `stages` - 2 groups of copies are there.
+__device__ __forceinline__ void wait_for_stage(int stages) {
+  if (stages == 3) {
+    copy_async_wait<1>();
+  } else if (stages == 4) {
+    copy_async_wait<2>();
+  } else {
+    copy_async_wait<3>();
+  }
+}
+
+// A tile's sums in shared memory, `columns` wide. Halves of some octets change places, so that a thread that reads an octet
+// meets no bank conflict.
+template <int columns>
+struct Sums {
+  float* base;
+
+  __device__ __forceinline__ float* at(int row, int column) const {
+    return base + row * pitch_of_sums(columns) + (column ^ (column >> 3 & 4));
+  }
+  __device__ __forceinline__ float* behind(int rows) const { return base + rows * pitch_of_sums(columns); }
+};
+
+// From shared memory, the second half `apart` elements behind the first.
+__device__ __forceinline__ void read_octet(const float* from, int apart, float (&values)[kOctet]) {
+  const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + apart);
+  memcpy(values, &low, sizeof(low));
+  memcpy(values + 4, &high, sizeof(high));
+}
+
+// The means of `samples` whole maps from the tile's first row on, and in shifts[sample * result] what their pixels are
+// shifted by; the result is how many rows of `shifts` a sample has.
+template <int columns>
+__device__ __forceinline__ int take_means(const ConvForward& p, const Sums<columns>& sums, float* shifts,
+                                          int64_t first_sample, int samples, int pixels, int filter, int count) {
+  constexpr int kTogether = summing_threads(columns);
+  const int column = threadIdx.x % columns, worker = threadIdx.x / columns;
+  const int parts = samples < kTogether ? kTogether / samples : 1;
+  for (int unit = worker; unit < samples * parts; unit += kTogether) {
+    const int sample = unit / parts, part = unit % parts;
+    float sum = 0;
+#pragma unroll 4
+    for (int pixel = part; pixel < pixels; pixel += parts) sum += *sums.at(sample * pixels + pixel, column);
+    shifts[unit * columns + column] = sum;
+  }
+  __syncthreads();
+  const bool inside = column < count;
+  const auto of_column = [&](const void* vector, float absent) {
+    return vector && inside ? __ldg(static_cast<const float*>(vector) + filter + column) : absent;
+  };
+  const float gain = of_column(p.gain, 1), bias = of_column(p.bias, 0);
+  const float mean_scale = of_column(p.mean_scale, static_cast<float>(p.constant));
+  const float factor = gain / static_cast<float>(pixels);
+  for (int sample = worker; sample < samples; sample += kTogether) {
+    float sum = 0;
+    for (int part = 0; part < parts; ++part) sum += shifts[(sample * parts + part) * columns + column];
+    const float mean = factor * sum;
+    if (inside && first_sample + sample < p.samples) {
+      static_cast<float*>(p.map_mean)[(first_sample + sample) * p.filters + filter + column] = mean;
+    }
+    shifts[sample * parts * columns + column] = bias - mean_scale * mean;
+  }
+  __syncthreads();
+  return parts;
+}
+
+// What the epilogue adds, as far as the second-level cache while products are made.
+template <class T, int columns>
+__device__ __forceinline__ void prefetch_residual(const ConvForward& p, const Job& job, const Place& place) {
+  constexpr int kSector = 32 / sizeof(T), kSectors = columns / kSector;
+  const int column = threadIdx.x % kSectors * kSector;
+  if (!p.residual || place.column + column >= job.group_filters) return;
+  const int end = min(job.rows - place.row, job.height);
+  for (int r = threadIdx.x / kSectors; r < end; r += kThreads / kSectors) {
+    prefetch_second_level(static_cast<const T*>(p.residual) + (place.row + r) * p.filters + place.filter + column);
+  }
+}
+
+// The end of a layer for a tile whose sums are in shared memory: `height` rows from `first_row` on, `count` columns from
+// `filter` on. `samples` is how many whole maps it has, if their means are to be taken.
+template <class T, int columns>
+__device__ __forceinline__ void finish(const ConvForward& p, const Job& job, const Sums<columns>& sums, float* shifts,
+                                       int first_row, int height, int samples, int filter, int count) {
+  int parts = 0;
+  if (samples) {
+    parts = take_means(p, sums, shifts, job.pixels(first_row), samples, job.pixels.by, filter, count);
+  }
+  constexpr int kOctets = columns / kOctet, kRowsApart = kThreads / kOctets;
+  const int column = threadIdx.x % kOctets * kOctet;
+  filter += column;
+  count -= column;
+  if (count <= 0) return;
+  const Epilogue<T> epilogue(p);
+  float gain[kOctet], shift[kOctet];
+  load_octet(p.gain, filter, count, 1.0f, gain);
+  load_octet(p.bias, filter, count, 0.0f, shift);
+  const int end = min(job.rows - first_row, height);
+  int shifted = -1;  // the sample that `shift` is of
+#pragma unroll 1
+  for (int r = threadIdx.x / kOctets; r < end; r += kRowsApart) {
+    if (samples || p.beta) {
+      const int sample = job.pixels(samples ? r : first_row + r);
+      if (sample != shifted) {
+        shifted = sample;
+        if (samples) {
+          read_octet(shifts + sample * parts * columns + column, 4, shift);
+        } else {
+          load_octet(p.beta, sample * p.filters + filter, count, 0.0f, shift);
+        }
+      }
+    }
+    float z[kOctet];
+    const float* from = sums.at(r, column);
+    read_octet(from, sums.at(r, column + 4) - from, z);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) z[j] = gain[j] * z[j] + shift[j];
+    epilogue.store(first_row + r, filter, count, z);
+  }
+}
+
+template <class T, int tile, bool vectors>
+__global__ void __launch_bounds__(kThreads, kConvTiles[tile].resident)
+    convolve(const __grid_constant__ ConvForward p, const __grid_constant__ Job job) {
+  constexpr ConvTile kTile = kConvTiles[tile];
+  constexpr int kRows = kTile.rows, kColumns = kTile.columns, kStageBytes = bytes_of_stage(kTile);
+  using Warp = WarpTile<T, kTile.warp_rows, kTile.warp_columns>;
+  using Loader = std::conditional_t<vectors, Vectors<T, kRows, kColumns>, Elements<T, kRows, kColumns>>;
+  unsigned char* const shared = dynamic_shared();
+  const int ring = job.stages * kStageBytes;
+  const Place place(job, kRows, kColumns);
+  const int first_step = place.split * job.steps_of_split;
+  const int steps = min(job.steps - first_step, job.steps_of_split);
+  constexpr int kWarpsAcross = kColumns / kTile.warp_columns;
+  const int warp = threadIdx.x / 32;
+  const int warp_row = warp / kWarpsAcross * kTile.warp_rows, warp_column = warp % kWarpsAcross * kTile.warp_columns;
+  Warp product(warp_row, warp_column);
+
+  {
+    // Vectors need the table only until the last stage is written, behind the first barrier of the pipeline.
+    Row* const table = reinterpret_cast<Row*>(shared + ring - (vectors ? kStageBytes : 0));
+    make_table(job, place, kRows, table);
+    Loader loader(p, job, place, table, first_step);
+    int loaded = 0, write = 0;
+    const auto load = [&] {
+      if (loaded < steps) loader.load(shared + write);
+      copy_async_commit();
+      ++loaded;
+      write = write + kStageBytes == ring ? 0 : write + kStageBytes;
+    };
+    for (int stage = 0; stage < job.stages - 1; ++stage) load();
+    if (!job.split_pitch) prefetch_residual<T, kColumns>(p, job, place);
+    wait_for_stage(job.stages);
+    __syncthreads();
+    // One slice of the operands is multiplied while the next is read, also across steps.
+    typename Warp::Operands operands[2];
+    int read = 0;
+    product.load(operands[0], shared, shared + kRows * kStepBytes, 0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+#pragma unroll
+      for (int slice = 0; slice < Warp::kSlices; ++slice) {
+        if (slice == Warp::kSlices - 1) {
+          wait_for_stage(job.stages);
+          __syncthreads();
+          read = read + kStageBytes == ring ? 0 : read + kStageBytes;
+        }
+        product.load(operands[(slice + 1) % 2], shared + read, shared + read + kRows * kStepBytes,
+                     (slice + 1) % Warp::kSlices);
+        // Into the stage that was read before this one: the last barrier was behind that.
+        if (slice == 0) load();
+        product.multiply(operands[slice % 2]);
+      }
+    }
+    copy_async_wait<0>();
+  }
+
+  if (job.split_pitch) {
+    float* sums = static_cast<float*>(p.workspace) + int64_t(place.split) * job.rows * job.split_pitch +
+                  place.group * int(job.column_tiles * kColumns) + place.column + warp_column;
+    product.for_each_pair([&](int row, int column, float2 pair) {
+      const int64_t m = place.row + warp_row + row;
+      if (m < job.rows) *reinterpret_cast<float2*>(sums + m * job.split_pitch + column) = pair;
+    });
+    return;
+  }
+  __syncthreads();
+  const Sums<kColumns> sums{reinterpret_cast<float*>(shared)};
+  product.for_each_pair([&](int row, int column, float2 pair) {
+    *reinterpret_cast<float2*>(sums.at(warp_row + row, warp_column + column)) = pair;
+  });
+  __syncthreads();
+  finish<T>(p, job, sums, sums.behind(kRows), place.row, job.height, job.samples, place.filter,
+            job.group_filters - place.column);
+}
+
+// Adds up the splits, always in the same order, and ends the layer.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    join(const __grid_constant__ ConvForward p, const __grid_constant__ Job job, const int splits, const int tile_columns) {
+  const unsigned blocks_across = unsigned(job.split_pitch) / kJoinedColumns;
+  const int first_row = static_cast<int>(blockIdx.x / blocks_across) * job.height;
+  const int across = static_cast<int>(blockIdx.x % blocks_across) * kJoinedColumns, of_group = job.column_tiles * tile_columns;
+  const int group = across / of_group, column = across % of_group;
+  const Sums<kJoinedColumns> sums{reinterpret_cast<float*>(dynamic_shared())};
+  constexpr int kQuads = kJoinedColumns / 4;
+  const int64_t stride = int64_t(job.rows) * job.split_pitch;
+  for (int r = threadIdx.x / kQuads; r < job.height && first_row + r < job.rows; r += kThreads / kQuads) {
+    const int quad = threadIdx.x % kQuads * 4;
+    const float* from = static_cast<const float*>(p.workspace) + int64_t(first_row + r) * job.split_pitch + across + quad;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split) {
+      const float4 part = *reinterpret_cast<const float4*>(from + split * stride);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    *reinterpret_cast<float4*>(sums.at(r, quad)) = sum;
+  }
+  __syncthreads();
+  finish<T>(p, job, sums, sums.behind(job.height), first_row, job.height, job.samples,
+            group * job.group_filters + column, job.group_filters - column);
+}
+
+template <class T>
+auto kernel_of(int tile, bool vectors) {
+  if (tile == 0) return vectors ? convolve<T, 0, true> : convolve<T, 0, false>;
+  if constexpr (sizeof(T) == 2) {
+    if (tile == 2) return convolve<T, 2, true>;
+    if (tile == 3) return convolve<T, 3, true>;
+    if (tile == 4) return convolve<T, 4, true>;
+  }
+  return vectors ? convolve<T, 1, true> : convolve<T, 1, false>;
+}
+
+bool is_aligned_on_host(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
+
+Job job_of(const ConvForward& p, const ConvPlan& plan, bool vectors, int size) {
+  const Windows& w = p.windows;
+  Job job{};
+  job.pixels = Divisor(p.pixels());
+  job.plane = Divisor(w.output[1] * w.output[2]);
+  job.width = Divisor(w.output[2]);
+  job.channels = Divisor(p.group_channels());
+  job.kernel_plane = Divisor(w.kernel[1] * w.kernel[2]);
+  job.kernel_row = Divisor(w.kernel[2]);
+  for (int d = 0, bit = 0; d < 3; ++d) {
+    job.size[d] = static_cast<int>(w.size[d]);
+    job.kernel[d] = static_cast<int>(w.kernel[d]);
+    job.stride[d] = static_cast<int>(w.stride[d]);
+    job.padding[d] = static_cast<int>(w.padding[d]);
+    job.dilation[d] = static_cast<int>(w.dilation[d]);
+    if (!w.padding[d]) continue;
+    job.first_bit[d] = 1u << bit;
+    bit += job.kernel[d];
+  }
+  job.rows = static_cast<int>(p.samples * p.pixels());
+  job.group_channels = static_cast<int>(p.group_channels());
+  job.group_filters = static_cast<int>(p.group_filters());
+  job.groups = static_cast<unsigned>(p.groups);
+  job.height = plan.used;
+  job.samples = plan.held && p.map_mean ? plan.samples : 0;
+  job.stages = plan.stages;
+  const int64_t step = kStepBytes / size, steps_of_tap = ceil_divide(p.group_channels(), step);
+  const int64_t terms = w.taps() * p.group_channels();
+  job.steps = static_cast<int>(vectors ? w.taps() * steps_of_tap : ceil_divide(terms, step));
+  job.steps_of_split = static_cast<int>(ceil_divide(job.steps, plan.splits));
+  const int64_t pixel = p.channels * size, of_step = steps_of_tap * kStepBytes;
+  job.input_pitch = static_cast<int>(pixel / kVectorBytes);
+  job.group_pitch = static_cast<int>(p.group_channels() * size / kVectorBytes);
+  job.weight_pitch = static_cast<int>(terms * size / kVectorBytes);
+  job.next_tap = w.dilation[2] * pixel - of_step;
+  job.next_line = (w.dilation[1] * w.size[2] - w.kernel[2] * w.dilation[2]) * pixel;
+  job.next_plane = (w.dilation[0] * w.size[1] - w.kernel[1] * w.dilation[1]) * w.size[2] * pixel;
+  job.next_weights = p.group_channels() * size - of_step;
+  return job;
+}
+
+template <class T>
+cudaError_t run(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream) {
+  int tile = 0;
+  while (kConvTiles[tile].rows != plan.rows || kConvTiles[tile].columns != plan.columns) {
+    if (++tile == kConvTileCount) return cudaErrorInvalidValue;
+  }
+  const bool vectors =
+      p.group_channels() % kVector<T> == 0 && is_aligned_on_host(p.input) && is_aligned_on_host(p.weight);
+  if (tile >= kConvTilesForAll && (sizeof(T) == 4 || !vectors)) return cudaErrorInvalidValue;
+  Job job = job_of(p, plan, vectors, sizeof(T));
+  const bool split = plan.splits > 1;
+  if (split) job.height = plan.rows, job.samples = 0;
+  job.row_tiles = static_cast<unsigned>(ceil_divide(job.rows, job.height));
+  job.column_tiles = static_cast<unsigned>(ceil_divide(p.group_filters(), plan.columns));
+  if (split) job.split_pitch = static_cast<int>(split_pitch(kConvTiles[tile], p.group_filters(), p.groups));
+  const cudaError_t failed =
+      launch(kernel_of<T>(tile, vectors), plan.blocks, kThreads, plan.shared, 1, stream, p, job);
+  if (failed != cudaSuccess || !split) return failed;
+  job.height = plan.used;
+  job.samples = plan.held && p.map_mean ? plan.samples : 0;
+  const int64_t blocks = ceil_divide(job.rows, job.height) * (job.split_pitch / kJoinedColumns);
+  const int64_t shared = bytes_of_sums(job.height, kJoinedColumns) + bytes_of_means(job.samples, kJoinedColumns);
+  return launch(join<T>, blocks, kThreads, shared, 1, stream, p, job, plan.splits, plan.columns);
+}
+
+}  // namespace
+
+cudaError_t launch_conv_sm80(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream) {
+  switch (p.dtype) {
+    case Dtype::bf16: return run<__nv_bfloat16>(p, plan, stream);
+    case Dtype::f16: return run<__half>(p, plan, stream);
+    case Dtype::f32: return run<float>(p, plan, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace deepcontrol::cuda
