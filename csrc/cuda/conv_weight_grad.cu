@@ -58,7 +58,8 @@ struct Path {
 };
 
 struct Job {
-  int filters, group_filters, channels, group_channels;
+  int filters, group_filters, group_channels;
+  unsigned gradient_row, input_row;  // bytes of a pixel
   int length;  // of a filter: taps times channels of a group
   int groups;
   int pixels;  // of the output, in all samples
@@ -112,24 +113,24 @@ struct Position {
   }
 
   __device__ __forceinline__ bool inside(const Path& path) const {
-    return unsigned(at[0]) < unsigned(path.size[0]) && unsigned(at[1]) < unsigned(path.size[1]) &&
-           unsigned(at[2]) < unsigned(path.size[2]);
+    // No jumps.
+    return bool(int(unsigned(at[0]) < unsigned(path.size[0])) & int(unsigned(at[1]) < unsigned(path.size[1])) &
+                int(unsigned(at[2]) < unsigned(path.size[2])));
   }
 };
 
 // Where a thread's elements of an operand come from. Rows of the product: the gradient's pixels, one after another.
 template <class T>
 struct Gradient {
-  const T* from;
-  bool exists;  // has filters
-  int64_t step;
+  const unsigned char* from;
+  int64_t step;  // bytes
 
   __device__ __forceinline__ Gradient(const ConvWeightGrad& p, const Job& job, int group, int filter, int pixel, int apart)
-      : from(static_cast<const T*>(p.grad_output) + int64_t(pixel) * job.filters + group * job.group_filters + filter),
-        exists(filter < job.group_filters),
-        step(int64_t(apart) * job.filters) {}
-  __device__ __forceinline__ const T* address() const { return from; }
-  __device__ __forceinline__ bool there() const { return exists; }
+      : from(static_cast<const unsigned char*>(p.grad_output) + int64_t(pixel) * job.gradient_row +
+             int64_t(group * job.group_filters + filter) * int64_t(sizeof(T))),
+        step(int64_t(apart) * job.gradient_row) {}
+  __device__ __forceinline__ const void* address() const { return from; }
+  __device__ __forceinline__ bool there() const { return true; }
   template <bool by_one>
   __device__ __forceinline__ void next() {
     from += step;
@@ -140,17 +141,16 @@ struct Gradient {
 template <class T>
 struct Input {
   const Job& job;
-  const T* base;
-  bool exists;
+  const unsigned char* base;
   Position position;
 
   __device__ __forceinline__ Input(const ConvWeightGrad& p, const Job& job, int group, int column, int pixel)
       : job(job),
-        base(static_cast<const T*>(p.input) + group * job.group_channels + column % job.group_channels),
-        exists(column < job.length),
+        base(static_cast<const unsigned char*>(p.input) +
+             int64_t(group * job.group_channels + column % job.group_channels) * int64_t(sizeof(T))),
         position(job.path, pixel, column / job.group_channels) {}
-  __device__ __forceinline__ const T* address() const { return base + int64_t(position.row) * job.channels; }
-  __device__ __forceinline__ bool there() const { return exists && position.inside(job.path); }
+  __device__ __forceinline__ const void* address() const { return base + uint64_t{position.row} * job.input_row; }
+  __device__ __forceinline__ bool there() const { return position.inside(job.path); }
   template <bool by_one>
   __device__ __forceinline__ void next() {
     position.template advance<by_one>(job.path);
@@ -179,33 +179,35 @@ struct Share {
   using Of = Operand<T, width>;
   static constexpr int kPixelsApart = threads / Of::kVectors;
   static constexpr int kLoads = Of::kPixels / kPixelsApart;
-  static constexpr int kElements = 8;  // under way together
+  static constexpr int kElements = kVector<T>;  // under way together
   static_assert(threads % Of::kVectors == 0 && Of::kPixels % kPixelsApart == 0 && Of::kPixels % kElements == 0);
   static_assert(Of::swizzle(kPixelsApart) == 0 && Of::swizzle(kElements) == 0);
 
-  bool vectors;
   int element;  // of the tile
   int pixel;    // of a step
+  int apart;
+  int left;  // pixels of the split from that one on, none where there is no such element
 
-  __device__ __forceinline__ explicit Share(bool vectors)
-      : vectors(vectors),
-        element(vectors ? threadIdx.x % Of::kVectors * kVector<T> : threadIdx.x),
-        pixel(vectors ? threadIdx.x / Of::kVectors : 0) {}
-  __device__ __forceinline__ int apart() const { return vectors ? kPixelsApart : 1; }
+  __device__ __forceinline__ Share(bool vectors, int elements, int pixels)
+      : element(vectors ? threadIdx.x % Of::kVectors * kVector<T> : threadIdx.x),
+        pixel(vectors ? threadIdx.x / Of::kVectors : 0),
+        apart(vectors ? kPixelsApart : 1),
+        left(element < elements ? pixels - pixel : 0) {}
 
-  // Brings the next step's pixels on chip, of which `left` remain; visible after a wait and a barrier.
+  // Brings the next step's pixels on chip; visible after a wait and a barrier.
   template <class Source>
-  __device__ __forceinline__ void load(Source& source, int left, unsigned char* stage) const {
+  __device__ __forceinline__ void load(Source& source, unsigned char* stage) {
     stage += Of::byte_of(pixel, element / kVector<T>);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       copy_async_16_or_zero(stage + i * kPixelsApart * Of::kRowBytes, source.address(),
-                            source.there() && pixel + i * kPixelsApart < left);
+                            int(source.there()) & int(i * kPixelsApart < left));
       source.template next<false>();
     }
+    left -= Of::kPixels;
   }
   template <class Source>
-  __device__ __forceinline__ void load_elements(Source& source, int left, unsigned char* stage) const {
+  __device__ __forceinline__ void load_elements(Source& source, unsigned char* stage) {
     static_assert(threads == width);
     stage += element % kVector<T> * sizeof(T);
 #pragma unroll 1
@@ -213,113 +215,108 @@ struct Share {
       T elements[kElements];
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        elements[i] = source.there() && start + i < left ? __ldg(source.address()) : narrow<T>(0);
+        elements[i] = source.there() && i < left ? __ldg(static_cast<const T*>(source.address())) : narrow<T>(0);
         source.template next<true>();
       }
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         *reinterpret_cast<T*>(stage + Of::byte_of(i, element / kVector<T>)) = elements[i];
       }
+      left -= kElements;
     }
   }
 };
 
-// The tile of one warp: 4 x 4 products of 16 rows and 8 columns. Which filter is which row and which (tap, channel) which
-// column of them is free: in 16 bits ldmatrix gives them in order; of TF32 a thread reads four neighbours at once.
+// The tile of one warp: 4 x 4 products of 16 rows and 8 columns. Of TF32, which ldmatrix does not turn round, a thread reads
+// two neighbouring filters at once, and so those are rows g and g + 8 of a product.
 template <class T, int rows, int columns>
 class WarpTile {
   using A = Operand<T, rows>;
   using B = Operand<T, columns>;
+  static constexpr bool kWords = sizeof(T) == 4;
   static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
   static constexpr int kPixels = 32 / sizeof(T);  // of one product
 
  public:
   __device__ __forceinline__ WarpTile() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, thread = lane % 4;
     row_ = warp % (rows / kWarpRows) * kWarpRows;
     column_ = warp / (rows / kWarpRows) * kWarpColumns;
     const int row_vector = row_ / kVector<T>, column_vector = column_ / kVector<T>;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (kWords) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) a_[i] = A::byte_of(thread, row_vector + 4 * i + group / 2) + group % 2 * 8;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b_[j] = A::kBytes + B::byte_of(thread, column_vector + 2 * j + group / 4) + group % 4 * 4;
+    } else {
       // Matrices of eight pixels and eight elements: of rows the elements first, of columns the pixels first.
       const int matrix = lane / 8, pixel = lane % 8;
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        a_[i] = A::byte_of(matrix / 2 * 8 + pixel, row_vector + 2 * i + matrix % 2);
-      }
+      for (int i = 0; i < 4; ++i) a_[i] = A::byte_of(matrix / 2 * 8 + pixel, row_vector + 2 * i + matrix % 2);
 #pragma unroll
-      for (int j = 0; j < kColumnTiles / 2; ++j) {
+      for (int j = 0; j < 2; ++j) {
         b_[j] = A::kBytes + B::byte_of(matrix % 2 * 8 + pixel, column_vector + 2 * j + matrix / 2);
       }
-    } else {
-      a_[0] = A::byte_of(lane % 4, row_vector + lane / 4);
-      b_[0] = A::kBytes + B::byte_of(lane % 4, column_vector + lane / 4);
     }
   }
 
   __device__ __forceinline__ void multiply(const unsigned char* stage) {
 #pragma unroll
     for (int first = 0; first < A::kPixels; first += kPixels) {
-      unsigned b[kColumnTiles][2];
-      if constexpr (sizeof(T) == 2) {
+      unsigned a[kRowTiles][4], b[kColumnTiles][2];
+      const unsigned char *of_rows = stage + first * A::kRowBytes, *of_columns = stage + first * B::kRowBytes;
+      if constexpr (kWords) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            const uint2 pair = *reinterpret_cast<const uint2*>(of_rows + a_[i % 2] + i / 2 * 128 + half * 4 * A::kRowBytes);
+            a[i][2 * half] = round_to_tf32(pair.x), a[i][2 * half + 1] = round_to_tf32(pair.y);
+          }
+#pragma unroll
+          for (int j = 0; j < kColumnTiles; ++j) {
+            b[j][half] = round_to_tf32(*reinterpret_cast<const unsigned*>(of_columns + b_[j] + half * 4 * B::kRowBytes));
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) load_matrices_transposed(a[i], of_rows + a_[i]);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; j += 2) {
           unsigned words[4];
-          load_matrices_transposed(words, stage + b_[j / 2] + first * B::kRowBytes);
+          load_matrices_transposed(words, of_columns + b_[j / 2]);
           b[j][0] = words[0], b[j][1] = words[1], b[j + 1][0] = words[2], b[j + 1][1] = words[3];
         }
+      }
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          unsigned a[4];
-          load_matrices_transposed(a, stage + a_[i] + first * A::kRowBytes);
-          multiply_row(i, a, b);
-        }
-      } else {
-        unsigned low[4], high[4];  // four pixels further
-        load_words(low, stage + b_[0] + first * B::kRowBytes);
-        load_words(high, stage + b_[0] + (first + 4) * B::kRowBytes);
+      for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
-        for (int j = 0; j < kColumnTiles; ++j) b[j][0] = low[j], b[j][1] = high[j];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; i += 2) {
-          load_words(low, stage + a_[0] + first * A::kRowBytes + i * 16 * sizeof(T));
-          load_words(high, stage + a_[0] + (first + 4) * A::kRowBytes + i * 16 * sizeof(T));
-          multiply_row(i, {low[0], low[1], high[0], high[1]}, b);
-          multiply_row(i + 1, {low[2], low[3], high[2], high[3]}, b);
-        }
+        for (int i = 0; i < kRowTiles; ++i) multiply_add<T>(sums_[i][j], a[i], b[j][0], b[j][1]);
       }
     }
   }
 
-  // Writes the sums, of which `height` rows and `width` columns exist from the tile's first on; rows are `pitch` apart.
-  __device__ __forceinline__ void store(float* to, int pitch, int height, int width) const {
-    const int group = threadIdx.x % 32 / 4, thread = threadIdx.x % 4;
-    // Neighbouring columns of a thread, and how many it has of them.
-    constexpr int kRun = sizeof(T) == 2 ? 2 : 4;
-    const bool whole = pitch % kRun == 0;
+  // Of the tile: where the thread's sums begin. Those of product i, half and the first or second of a pair are further.
+  __device__ __forceinline__ int first_row() const { return row_ + threadIdx.x % 32 / 4 * (kWords ? 2 : 1); }
+  __device__ __forceinline__ int first_column() const { return column_ + threadIdx.x % 4 * 2; }
+
+  // Writes them to rows that are `pitch` apart, as many as there are.
+  __device__ __forceinline__ void store(float* to, int pitch, int rows_left, int columns_left) const {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row_ + (sizeof(T) == 2 ? 16 * i + group + 8 * half : i / 2 * 32 + 4 * group + i % 2 * 2 + half);
-        if (row >= height) continue;
+        const int row = 16 * i + half * (kWords ? 1 : 8);
+        if (row >= rows_left) continue;
         float* of_row = to + int64_t(row) * pitch;
 #pragma unroll
-        for (int k = 0; k < 2 * kColumnTiles / kRun; ++k) {
-          const int column = column_ + (sizeof(T) == 2 ? 8 * k + 2 * thread : 8 * thread + 4 * k);
-          float run[kRun];
-#pragma unroll
-          for (int r = 0; r < kRun; ++r) run[r] = sizeof(T) == 2 ? sums_[i][k][2 * half + r] : sums_[i][r][2 * half + k];
-          if (whole && column < width) {
-            if constexpr (kRun == 2) {
-              *reinterpret_cast<float2*>(of_row + column) = make_float2(run[0], run[1]);
-            } else {
-              *reinterpret_cast<float4*>(of_row + column) = make_float4(run[0], run[1], run[2], run[3]);
-            }
+        for (int j = 0; j < kColumnTiles; ++j) {
+          const float first = sums_[i][j][2 * half], second = sums_[i][j][2 * half + 1];
+          if (pitch % 2 == 0) {
+            if (8 * j < columns_left) *reinterpret_cast<float2*>(of_row + 8 * j) = make_float2(first, second);
           } else {
-#pragma unroll
-            for (int r = 0; r < kRun; ++r) {
-              if (column + r < width) of_row[column + r] = run[r];
-            }
+            if (8 * j < columns_left) of_row[8 * j] = first;
+            if (8 * j + 1 < columns_left) of_row[8 * j + 1] = second;
           }
         }
       }
@@ -327,20 +324,8 @@ class WarpTile {
   }
 
  private:
-  __device__ static __forceinline__ void load_words(unsigned (&words)[4], const unsigned char* from) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(from);
-    words[0] = round_to_tf32(vector.x), words[1] = round_to_tf32(vector.y);
-    words[2] = round_to_tf32(vector.z), words[3] = round_to_tf32(vector.w);
-  }
-
-  __device__ __forceinline__ void multiply_row(int i, const unsigned (&a)[4], const unsigned (&b)[kColumnTiles][2]) {
-#pragma unroll
-    for (int j = 0; j < kColumnTiles; ++j) multiply_add<T>(sums_[i][j], a, b[j][0], b[j][1]);
-  }
-
-  int row_, column_;       // of the tile
-  int a_[kRowTiles];       // bytes of a stage
-  int b_[kColumnTiles / 2];
+  int row_, column_;  // of the tile
+  int a_[4], b_[4];   // bytes of a stage
   float sums_[kRowTiles][kColumnTiles][4] = {};
 };
 
@@ -361,48 +346,47 @@ __global__ void __launch_bounds__(threads_of(rows, columns), kResidentThreads / 
   const int group = block % job.groups, split = block / job.groups;
   const int begin = split * job.of_split, length = min(job.of_split, job.pixels - begin);
 
-  const Share<T, rows, kThreadsHere> row_share(vectors || job.vector_rows);
-  const Share<T, columns, kThreadsHere> column_share(vectors || job.vector_columns);
-  Gradient<T> gradient(p, job, group, first_row + row_share.element, begin + row_share.pixel, row_share.apart());
+  Share<T, rows, kThreadsHere> row_share(vectors || job.vector_rows, job.group_filters - first_row, length);
+  Share<T, columns, kThreadsHere> column_share(vectors || job.vector_columns, job.length - first_column, length);
+  Gradient<T> gradient(p, job, group, first_row + row_share.element, begin + row_share.pixel, row_share.apart);
   Input<T> input(p, job, group, first_column + column_share.element, begin + column_share.pixel);
   unsigned char* const stages = dynamic_shared();
-  const auto load = [&](int step) {
-    unsigned char* stage = stages + step % kStages * kStageBytes;
-    const int left = length - step * A::kPixels;
+  const auto load = [&](int stage) {
+    unsigned char *to_rows = stages + stage, *to_columns = to_rows + A::kBytes;
     if constexpr (vectors) {
-      row_share.load(gradient, left, stage);
-      column_share.load(input, left, stage + A::kBytes);
+      row_share.load(gradient, to_rows);
+      column_share.load(input, to_columns);
     } else {
-      if (job.vector_rows) {
-        row_share.load(gradient, left, stage);
-      } else {
-        row_share.load_elements(gradient, left, stage);
-      }
-      if (job.vector_columns) {
-        column_share.load(input, left, stage + A::kBytes);
-      } else {
-        column_share.load_elements(input, left, stage + A::kBytes);
-      }
+      job.vector_rows ? row_share.load(gradient, to_rows) : row_share.load_elements(gradient, to_rows);
+      job.vector_columns ? column_share.load(input, to_columns) : column_share.load_elements(input, to_columns);
     }
   };
 
   WarpTile<T, rows, columns> tile;
+  // Known here, so that what it is made of takes no registers in the loop.
+  const int first_filter = group * job.group_filters + first_row + tile.first_row();
+  float* const to = static_cast<float*>(p.workspace) + (int64_t(split) * job.filters + first_filter) * job.length +
+                    first_column + tile.first_column();
+  const int rows_left = job.group_filters - first_row - tile.first_row();
+  const int columns_left = job.length - first_column - tile.first_column();
   const int steps = (length + A::kPixels - 1) / A::kPixels;
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) load(step);
+    if (step < steps) load(step * kStageBytes);
     copy_async_commit();
   }
+  // The stage to fill is the one that was read before.
+  int stage = 0, free = (kStages - 1) * kStageBytes;
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<kStages - 2>();
     __syncthreads();
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    if (step + kStages - 1 < steps) load(free);
     copy_async_commit();
-    tile.multiply(stages + step % kStages * kStageBytes);
+    tile.multiply(stages + stage);
+    free = stage;
+    stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
-  const int64_t first_filter = int64_t(split) * job.filters + group * job.group_filters + first_row;
-  tile.store(static_cast<float*>(p.workspace) + first_filter * job.length + first_column, job.length,
-             job.group_filters - first_row, job.length - first_column);
+  tile.store(to, job.length, rows_left, columns_left);
 }
 
 // How one filter's sums are finished.
@@ -513,8 +497,9 @@ cudaError_t run(const ConvWeightGrad& p, const WeightGradPlan& plan, cudaStream_
     const int64_t length = p.windows.taps() * p.group_channels();
     const Job job{static_cast<int>(p.filters),
                   static_cast<int>(p.group_filters()),
-                  static_cast<int>(p.channels),
                   static_cast<int>(p.group_channels()),
+                  static_cast<unsigned>(p.filters * sizeof(T)),
+                  static_cast<unsigned>(p.channels * sizeof(T)),
                   static_cast<int>(length),
                   static_cast<int>(p.groups),
                   static_cast<int>(p.samples * p.windows.output[0] * p.windows.output[1] * p.windows.output[2]),
