@@ -1,0 +1,31 @@
+// What the kernel of the weight gradient and its plan agree on. Plain C++.
+#pragma once
+
+#include <cstdint>
+
+namespace deepcontrol::cuda::weight_grad {
+
+// A tile's pipeline brings so many bytes of each filter and each column on chip at a time, in so many stages.
+constexpr int kStepBytes = 64;
+constexpr int kStages = 3;
+
+// What a warp has of a tile: 64 sums a thread.
+constexpr int kWarpRows = 64;
+constexpr int kWarpColumns = 32;
+constexpr int threads_of(int rows, int columns) { return rows * columns / (kWarpRows * kWarpColumns) * 32; }
+
+// Registers leave room for so many threads on a multiprocessor.
+constexpr int kResidentThreads = 512;
+
+constexpr int64_t shared_of(int rows, int columns) { return int64_t(kStages) * kStepBytes * (rows + columns); }
+
+struct Tile {
+  int rows, columns;
+};
+// The last is also for tensors whose vectors do not fit.
+constexpr Tile kTiles[] = {{128, 128}, {128, 64}, {64, 128}, {64, 64}};
+
+// What the partial sums of one filter may take on chip when they are finished, some channels at a time.
+constexpr int64_t kFinishedBytes = 40 * 1024;
+
+}  // namespace deepcontrol::cuda::weight_grad
