@@ -1,0 +1,135 @@
+#include <algorithm>
+#include <limits>
+
+#include "conv_direct.h"
+
+namespace deepcontrol::cuda {
+
+namespace {
+
+constexpr int64_t kMostChannels = 8;  // of a group
+constexpr int kMostLanes = 32;
+constexpr int64_t kMostSteps = 4;        // strips of a thread whose sums are kept
+constexpr int kMostBlocksOfCluster = 8;  // more is not portable
+// Bytes of neighbouring filters that a block should have, and that it must have if a map is to be kept for that.
+constexpr int kRow = 64, kShortestRow = 32;
+
+int size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+int size_of_sum(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+
+// How a map is cut, and so how it is summed, depends on the map alone, never on how many there are: so a sample's result
+// has the same bits in whatever batch it comes.
+class Planner {
+ public:
+  Planner(const ConvCase& c, const Device& device)
+      : c_(c),
+        device_(device),
+        strip_(strip_of(size_of_sum(c.dtype))),
+        strips_(strips_of_map(c.windows, strip_)),
+        weights_(c.windows.taps() * c.group_channels()) {}
+
+  ConvPlan plan() const {
+    ConvPlan plan = choose();
+    plan.seconds = seconds(plan);
+    return plan;
+  }
+
+  ConvPlan cut(int lanes, bool held, int cluster, int64_t strips_of_block) const {
+    ConvPlan plan{};
+    plan.way = Way::direct;
+    plan.held = held;
+    while (1 << plan.log_lanes < lanes) ++plan.log_lanes;
+    plan.rows = plan.used = static_cast<int>(strips_of_block * strip_);
+    plan.columns = lanes * kFilters;
+    plan.stages = plan.samples = plan.splits = 1;
+    plan.cluster = cluster;
+    plan.blocks = c_.samples * ceil_divide(c_.filters, plan.columns) * ceil_divide(strips_, strips_of_block);
+    plan.shared = DirectShared(plan, weights_, size_of_sum(c_.dtype)).end * size_of_sum(c_.dtype);
+    return plan;
+  }
+
+ private:
+  // Two blocks a multiprocessor, as many as registers allow. Each costs 1 KiB more than it asks for.
+  bool leaves_room(const ConvPlan& plan) const { return plan.shared <= device_.shared_memory / 2 - 1024; }
+  int64_t groups(int lanes) const { return kThreads / lanes; }
+
+  ConvPlan choose() const {
+    const int octet = kFilters * size_of(c_.dtype), clusters = device_.capability >= 90 ? kMostBlocksOfCluster : 1;
+    int widest = 1;
+    while (widest < kMostLanes && widest * kFilters < c_.filters) widest *= 2;
+    int lanes = std::min(widest, kRow / octet);
+    // A small map leaves threads without a strip, unless there are filters for them.
+    while (lanes < widest && groups(lanes) >= 2 * strips_) lanes *= 2;
+    // Long filters leave little room for many.
+    while (lanes > 1 && !leaves_room(cut(lanes, false, 1, strips_))) lanes /= 2;
+    if (!c_.centred) return cut(lanes, false, 1, std::min(strips_, kMostSteps * groups(lanes)));
+    for (int narrower = lanes; narrower >= std::min(lanes, std::max(1, kShortestRow / octet)); narrower /= 2) {
+      for (int cluster = 1; cluster <= clusters; ++cluster) {
+        const int64_t strips = ceil_divide(strips_, cluster);
+        const ConvPlan plan = cut(narrower, true, cluster, strips);
+        // Every block of a cluster must be there.
+        const bool whole = ceil_divide(strips_, strips) == cluster;
+        if (whole && steps_of(plan, strip_) <= kMostSteps && leaves_room(plan)) return plan;
+      }
+    }
+    // A cluster goes through its maps twice while the second-level cache has them.
+    int cluster = static_cast<int>(std::min<int64_t>(clusters, ceil_divide(strips_, groups(lanes))));
+    while (ceil_divide(strips_, ceil_divide(strips_, cluster)) < cluster) --cluster;
+    return cut(lanes, false, cluster, ceil_divide(strips_, cluster));
+  }
+
+  // Bytes over the memory's ceiling, or those between the first-level cache, which shared memory is too, and registers
+  // over its ceiling, or instructions: a multiprocessor's 128 lanes start as many in a clock as that cache gives bytes.
+  double seconds(const ConvPlan& plan) const {
+    const Ceilings ceilings = ceilings_of(device_);
+    const double size = size_of(c_.dtype), size_of_weight = size_of_sum(c_.dtype);
+    const double input = c_.samples * c_.input_pixels() * c_.channels * size, output = c_.rows() * c_.filters * size;
+    const double moved = input + output + c_.filters * weights_ * size + c_.rows() * c_.filters / 8.0;
+    // Of a strip and its octet, for each row of taps.
+    const int64_t kernel = c_.windows.kernel[2], phases = phases_of(c_.windows);
+    const double loads = phases * (strip_ - 1) + kernel, rows = static_cast<double>(weights_) / kernel;
+    const double bytes = kFilters * (loads * size + kernel * size_of_weight);
+    const double instructions = kFilters * (loads * (size == 2 ? 1 : 0) + kernel * strip_ * (size == 8 ? 2 : 1));
+    const double times = c_.centred && !plan.held ? 2 : 1;
+    const double per_strip = times * rows * std::max(bytes, instructions);
+    // As if all threads of all blocks had strips.
+    const double strips = static_cast<double>(plan.blocks) * kThreads * steps_of(plan, strip_);
+    return std::max(moved / ceilings.bytes, strips * per_strip / ceilings.cached);
+  }
+
+  ConvCase c_;
+  Device device_;
+  int strip_;
+  int64_t strips_;   // of a map
+  int64_t weights_;  // of a filter
+};
+
+}  // namespace
+
+std::optional<std::string> why_not_direct(const ConvCase& c, const Device& device) {
+  if (!c.channels_innermost) return "the maps are not in channels_last";
+  if (c.groups == 1) return "all channels are one group";
+  if (c.group_channels() > kMostChannels) return "groups have more than " + std::to_string(kMostChannels) + " channels";
+  if (c.rows() * c.filters * c.input_pixels() * c.channels == 0) return "there is nothing to compute";
+  // Pixels, filters and bytes of a row are counted in 32 bits.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  int64_t row = 1;
+  for (int i = 0; i < 3; ++i) {
+    const Windows& w = c.windows;
+    const int64_t seen = w.size[i] + w.padding[i] + (w.output[i] + 8) * w.stride[i] + w.kernel[i] * w.dilation[i];
+    if (seen > kMost) return "a map is too large";
+    row = seen;
+  }
+  if (row > kMost / (c.channels * size_of(c.dtype)) || c.input_pixels() > kMost || c.pixels() > kMost) {
+    return "a map is too large";
+  }
+  if (c.filters > kMost || c.windows.taps() > kMost) return "there are too many filters";
+  const ConvPlan smallest = Planner(c, device).cut(1, false, 1, 1);
+  if (smallest.shared > device.shared_memory) return "filters of " + std::to_string(c.windows.taps()) + " taps are too long";
+  if (Planner(c, device).plan().blocks > std::numeric_limits<int32_t>::max()) return "there are too many maps";
+  return std::nullopt;
+}
+
+ConvPlan plan_direct(const ConvCase& c, const Device& device) { return Planner(c, device).plan(); }
+
+}  // namespace deepcontrol::cuda
