@@ -145,10 +145,8 @@ std::optional<std::string> why_not_mapped(const Windows& w) {
 }  // namespace
 
 std::optional<std::string> why_not_sm90(const ConvCase& c, const Device& device, bool held) {
-#ifndef DEEPCONTROL_SM90A
-  return "this build has no kernels for sm_90a";
-#endif
   if (device.capability != 90) return "the GPU's compute capability is not 9.0";
+  if (!device.sm90a) return "this build has no code for sm_90a (TORCH_CUDA_ARCH_LIST with 9.0a makes it)";
   if (c.dtype != Dtype::bf16 && c.dtype != Dtype::f16) return "it takes bfloat16 and float16 only";
   if (!c.channels_innermost) return "the tensors are not channels_last";
   if (!c.aligned) return "a tensor does not start at a multiple of 16 bytes";

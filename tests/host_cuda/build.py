@@ -64,7 +64,8 @@ def cuda_headers() -> list[Path]:
         folders.append(Path(nvcc).resolve().parents[1] / "include")
     if triton := importlib.util.find_spec("triton"):
         folders.append(Path(triton.origin).parent / "backends/nvidia/include")
-    return [folder for folder in folders if all((folder / name).exists() for name in ("cuda.h", "cuda_runtime.h", "cuda_bf16.h"))]
+    wanted = ("cuda.h", "cuda_runtime.h", "cuda_bf16.h")
+    return [folder for folder in folders if all((folder / name).exists() for name in wanted)]
 
 
 def why_not() -> str | None:
@@ -144,7 +145,7 @@ def produce(stem: str, suffix: str, command: list, key: str) -> Path:
 def library(sanitize: bool = False) -> Path:
     """The library of the product's kernels and ops."""
     torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    names = [f"-DDEEPCONTROL_LIBRARY={NAMESPACE}", "-DDEEPCONTROL_CUDA_KEY=CPU"]
+    names = [f"-DDEEPCONTROL_LIBRARY={NAMESPACE}", "-DDEEPCONTROL_CUDA_KEY=CPU", "-DDEEPCONTROL_SM90A"]
     folder = ROOT / "csrc/cuda"
     parts = [Part(source, KERNEL) for source in sorted(folder.glob("*.cu"), key=size, reverse=True)]
     hosts = [*folder.glob("*.cpp"), *(ROOT / "csrc").glob("*.cpp")]
