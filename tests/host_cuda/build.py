@@ -64,7 +64,11 @@ def cuda_headers() -> list[Path]:
         folders.append(Path(nvcc).resolve().parents[1] / "include")
     if triton := importlib.util.find_spec("triton"):
         folders.append(Path(triton.origin).parent / "backends/nvidia/include")
-    return [folder for folder in folders if all((folder / name).exists() for name in ("cuda.h", "cuda_runtime.h", "cuda_bf16.h"))]
+    return [
+        folder
+        for folder in folders
+        if all((folder / name).exists() for name in ("cuda.h", "cuda_runtime.h", "cuda_bf16.h"))
+    ]
 
 
 def why_not() -> str | None:

@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -394,8 +395,8 @@ void set_up_cluster(size_t first, size_t size) {
     block.index = {static_cast<unsigned>(number % gridDim.x), static_cast<unsigned>(number / gridDim.x % gridDim.y),
                    static_cast<unsigned>(number / gridDim.x / gridDim.y)};
     // Exactly as large as asked for, so that the sanitizer sees an access behind it.
-    block.memory = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, shared_shift + shared_bytes + kGuard));
-    block.shared = block.memory + shared_shift;
+    if (posix_memalign(&block.memory, kAlignment, shared_shift + shared_bytes + kGuard) != 0) throw std::bad_alloc();
+    block.shared = static_cast<unsigned char*>(block.memory) + shared_shift;
     std::memset(block.shared, kPoison, shared_bytes + kGuard);
     block.first_thread = b * threads_of_block;
     for (size_t w = 0; w < warps_of_block; ++w) {

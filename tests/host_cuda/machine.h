@@ -72,7 +72,7 @@ struct Group {
 
 struct Block {
   uint3 index;
-  unsigned char* memory;  // where `shared` lies in
+  void* memory;  // where `shared` lies in
   unsigned char* shared;
   size_t first_thread;
   size_t arrived = 0;  // at the barrier
