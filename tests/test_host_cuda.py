@@ -55,17 +55,94 @@ def test_right_kernels_pass_in_every_order(kernels, kernel):
     assert outcomes(kernels, kernel, "none") == ["right"] * len(SEEDS)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "tf32"])
-def test_tensor_cores_multiply(kernels, dtype, transposed):
-    if transposed and dtype == torch.float32:
-        pytest.skip("only matrices of 16-bit numbers are transposed")
-    for there in (64,) if transposed else (64, 48, 16):
-        assert kernels.multiply_tile(dtype=dtype, transposed=transposed, there=there)
+TILES = {
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 transposed": {"dtype": torch.bfloat16, "transposed": True},
+    "f16": {"dtype": torch.float16},
+    "f16 transposed": {"dtype": torch.float16, "transposed": True},
+    "tf32": {"dtype": torch.float32},
+    "bf16 and zeros": {"dtype": torch.bfloat16, "there": 16},
+    "tf32 and zeros": {"dtype": torch.float32, "there": 48},
+}
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_tensor_cores_multiply(kernels, case):
+    assert kernels.multiply_tile(**TILES[case])
 
 
 def test_tf32_that_is_not_rounded_gives_a_wrong_result(kernels):
     assert not kernels.multiply_tile("not_rounded")
+
+
+CONVOLUTIONS = {
+    "bf16": {},
+    "f16": {"dtype": torch.float16, "channels": 8, "padding": (0, 1)},
+    "3d": {"size": (3, 7, 6), "taps": (2, 3, 3), "stride": (1, 2, 3), "padding": (1, 3, 2), "dilation": (1, 1, 2)},
+    "pointwise": {"taps": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "channels": 128},
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_boxes_and_products_of_warpgroups_make_a_convolution_in_every_order(kernels, case):
+    for seed in SEEDS[:5]:
+        kernels.emulator.configure(seed=seed)
+        assert kernels.convolve(**CONVOLUTIONS[case])
+
+
+@pytest.mark.parametrize("mistake", ["reads_sums_early", "no_group_barrier"])
+def test_what_other_threads_or_products_still_write_gives_a_wrong_result(kernels, mistake):
+    assert outcomes(kernels, "convolve", mistake).count("wrong") >= len(SEEDS) // 2
+
+
+IM2COL = {"corners": ((-1, -2), (-3, 1)), "box": (64, 128)}
+INVALID, NOT_SUPPORTED = 1, 801
+MAPS = {
+    "tiles": ({}, 0),
+    "no swizzle": ({"swizzle": 0, "box": (256, 1, 1, 256)}, 0),
+    "strided": ({"steps": (0, 1, 8, 2)}, 0),
+    "im2col": (IM2COL, 0),
+    "im2col 3d": (IM2COL | {"sizes": (72, 9, 8)}, 0),
+    "im2col 5d": (
+        IM2COL | {"sizes": (72, 9, 8, 2, 1), "strides": (144, 1296, 10368, 20736), "steps": (1,) * 5}
+        | {"corners": ((-1, -2, -16), (0, 0, 15))}, 0,
+    ),
+    "bytes": ({"dtype": "u8", "box": (128, 1, 1, 1)}, 0),
+    "NaN outside": ({"fill": 1}, 0),
+    "rank": ({"sizes": (8,) * 6}, INVALID),
+    "im2col rank": (IM2COL | {"sizes": (72, 9)}, INVALID),
+    "address": ({"address": (1 << 20) + 8}, INVALID),
+    "no elements": ({"sizes": (72, 0, 8, 2)}, INVALID),
+    "too many elements": ({"sizes": (72, 9, 8, (1 << 32) + 1)}, INVALID),
+    "stride": ({"strides": (150, 150 * 9, 150 * 72)}, INVALID),
+    "stride of overlapping rows": ({"strides": (128, 128 * 9, 128 * 72)}, INVALID),
+    "large stride": ({"strides": (144, 144 * 9, 1 << 40)}, INVALID),
+    "empty box": ({"box": (64, 0, 2, 1)}, INVALID),
+    "large box": ({"box": (64, 257, 2, 1)}, INVALID),
+    "inner bytes": ({"box": (4, 1, 1, 1), "swizzle": 0}, INVALID),
+    "more than the swizzle": ({"box": (72, 1, 1, 1)}, INVALID),
+    "less than the swizzle": ({"box": (32, 1, 1, 1)}, NOT_SUPPORTED),
+    "no step": ({"steps": (1, 0, 1, 1)}, INVALID),
+    "long step": ({"steps": (1, 9, 1, 1)}, INVALID),
+    "interleaved": ({"interleave": 1}, NOT_SUPPORTED),
+    "packed": ({"dtype": "u4"}, NOT_SUPPORTED),
+    "NaN in integers": ({"dtype": "i32", "box": (32, 1, 1, 1), "fill": 1}, INVALID),
+    "lower corner": (IM2COL | {"corners": ((-129, 0), (0, 0))}, INVALID),
+    "upper corner": (IM2COL | {"corners": ((0, 0), (0, 128))}, INVALID),
+    "corner 5d": (
+        IM2COL | {"sizes": (72, 9, 8, 2, 1), "strides": (144, 1296, 10368, 20736), "steps": (1,) * 5}
+        | {"corners": ((0, 0, -17), (0, 0, 0))}, INVALID,
+    ),
+    "empty bounding box": (IM2COL | {"corners": ((0, 0), (-9, 0))}, INVALID),
+    "pixels": (IM2COL | {"box": (64, 1025)}, INVALID),
+    "channels": (IM2COL | {"box": (264, 16), "swizzle": 0}, INVALID),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_the_driver_makes_tensor_maps_by_its_rules(kernels, case):
+    arguments, wanted = MAPS[case]
+    assert kernels.encode(**arguments) == wanted
 
 
 @pytest.mark.parametrize("mistake", ["no_barrier", "no_barrier_after_copy", "reuses_memory_early"])
@@ -99,6 +176,25 @@ ERRORS = {
     ("multiply_tile", "row_outside"): "load_matrices from byte 3120 of 3072 of shared memory",
     ("multiply_tile", "skips_load"): "of other lanes at faulty.cu:",
     ("multiply_tile", "parted_lanes"): "multiply_add<f32>, while other lanes wait in the one at faulty.cu:",
+    ("convolve", "no_fence_barriers"): "load_pixels with a barrier that no fence_barriers has made known",
+    ("convolve", "no_barrier_after_init"): "initialised",
+    ("convolve", "no_wait_for_load"): "",
+    ("convolve", "no_wait_for_release"): "arrive_and_expect once more than the barrier's 1 arrivals",
+    ("convolve", "releases_early"): "the operands of these products changed before products_wait",
+    ("convolve", "arrives_twice"): "",
+    ("convolve", "wrong_parity"): "",
+    ("convolve", "expects_less"): "load_box brings more bytes than the phase of its barrier expects",
+    ("convolve", "expects_more"): "0 arrivals are missing, 10304 bytes are announced, 10240 under way",
+    ("convolve", "load_not_waited"): "ends before it waited for this load",
+    ("convolve", "source_of_load_overwritten"): "the source of this load changed before its end",
+    ("convolve", "misaligned_tile"): "",
+    ("convolve", "begins_outside"): "load_pixels from -2 in dimension 2; the bounding box is -1 to 7",
+    ("convolve", "no_products_begin"): "multiply_add_group without products_begin",
+    ("convolve", "no_products_commit"): "exits before products_commit and products_wait for this product",
+    ("convolve", "no_products_wait"): "exits before products_wait for this product",
+    ("convolve", "changes_sums_early"): "the sums of these products were changed before products_wait",
+    ("convolve", "skips_product"): "another warp of the warpgroup did something else in its place",
+    ("convolve", "too_many_registers"): "the warpgroups have more than 65536 registers",
 }
 
 
@@ -133,6 +229,13 @@ def test_limits_of_a_launch(kernels, limit):
 def test_within_the_limits(kernels):
     kernels.launch(threads=1024, shared=232_448, blocks=8, cluster=8, ask=True)
     kernels.launch(shared=49_152)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_boxes_and_products_of_warpgroups_are_for_one_architecture(kernels, capability):
+    kernels.emulator.configure(capability=capability)
+    with pytest.raises(RuntimeError, match=r"fence_barriers is for capability 9\.0 alone"):
+        kernels.convolve()
 
 
 def test_an_older_gpu_has_no_clusters(kernels):
@@ -174,7 +277,7 @@ def run_sanitized(module: str, *arguments: object) -> subprocess.CompletedProces
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("kernel", ["sum_block", "sum_cluster"])
+@pytest.mark.parametrize("kernel", ["sum_block", "sum_cluster", "multiply_tile", "convolve"])
 def test_right_kernels_pass_the_sanitizers(sanitized, kernel):
     finished = run_sanitized("host_cuda.faulty", kernel, "none")
     assert finished.stdout == "right\n", finished.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ THREADS = 128
 def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     """Of positive numbers."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@functools.cache
+def convolution(dtype, samples, channels, size, taps, stride, padding, dilation) -> tuple[torch.Tensor, ...]:
+    """Input and weight, both with the channels innermost, and output."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, *size, channels, generator=generator).to(dtype)
+    weight = torch.randn(16, *taps, channels, generator=generator).to(dtype)
+    function = torch.nn.functional.conv2d if len(size) == 2 else torch.nn.functional.conv3d
+    channels_first = [tensor.double().movedim(-1, 1) for tensor in (x, weight)]
+    return x, weight, function(*channels_first, None, stride, padding, dilation).movedim(1, -1)
 
 
 class Faulty:
@@ -73,21 +85,33 @@ class Faulty:
         dilation: tuple = (1, 2),
     ) -> bool:  # fmt: skip
         """Whether a convolution to 16 filters is right."""
-        dimensions = len(size)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(samples, *size, channels, generator=generator).to(dtype)
-        weight = torch.randn(16, *taps, channels, generator=generator).to(dtype)
-        convolution = torch.nn.functional.conv2d if dimensions == 2 else torch.nn.functional.conv3d
-        wanted = convolution(
-            x.double().movedim(-1, 1), weight.double().movedim(-1, 1), None, stride, padding, dilation
-        ).movedim(1, -1)  # fmt: skip
+        x, weight, wanted = convolution(dtype, samples, channels, size, taps, stride, padding, dilation)
+        x = x.clone()  # a mistake writes to it
         y = torch.full(wanted.shape, torch.nan)
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, y)]
-        ones = [(size, 1), (taps, 1), (stride, 1), (padding, 0), (dilation, 1)]
-        triples = [(ctypes.c_int * 3)(*reversed(given), *[missing] * (3 - dimensions)) for given, missing in ones]
-        arguments = [dtype == torch.float16, dimensions, samples, channels, *triples, MISTAKES.index(mistake)]
+        given = [(size, 1), (taps, 1), (stride, 1), (padding, 0), (dilation, 1)]
+        triples = [(ctypes.c_int * 3)(*reversed(values), *[none] * (3 - len(size))) for values, none in given]
+        arguments = [dtype == torch.float16, len(size), samples, channels, *triples, MISTAKES.index(mistake)]
         self._check(self._library.run_convolve(*pointers, *arguments))
         return torch.allclose(y.double(), wanted, rtol=1e-5, atol=1e-3)
+
+    def encode(
+        self, dtype: str = "bf16", address: int = 1 << 20, sizes: tuple = (72, 9, 8, 2),
+        strides: tuple = (144, 144 * 9, 144 * 72), corners: tuple | None = None, box: tuple = (64, 4, 2, 1),
+        steps: tuple = (1, 1, 1, 1), interleave: int = 0, swizzle: int = 3, fill: int = 0,
+    ) -> int:  # fmt: skip
+        """What the driver says to a tensor map, of im2col where there are ``corners``; 0 for nothing."""
+
+        def array(kind, numbers):
+            return None if numbers is None else (kind * len(numbers))(*numbers)
+
+        lower, upper = corners or (None, None)
+        return self._library.run_encode(
+            {"u8": 0, "i32": 3, "bf16": 9, "u4": 13}[dtype], len(sizes), ctypes.c_uint64(address),
+            array(ctypes.c_uint64, sizes), array(ctypes.c_uint64, strides), array(ctypes.c_int, lower),
+            array(ctypes.c_int, upper), array(ctypes.c_uint32, box), array(ctypes.c_uint32, steps), interleave, swizzle,
+            fill,
+        )  # fmt: skip
 
     def launch(
         self, blocks: int = 1, threads: int = 32, shared: int = 0, cluster: int = 1, ask: bool = False,

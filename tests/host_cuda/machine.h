@@ -51,6 +51,7 @@ struct MemoryBarrier {
   const Thread* owner;
   size_t synced;
   bool fenced = false;
+  bool from_cluster = false;  // others than the own block have arrived
 };
 
 struct NamedBarrier {
@@ -72,7 +73,7 @@ struct Group {
 
 struct Block {
   uint3 index;
-  unsigned char* memory;  // where `shared` lies in
+  void* memory;  // where `shared` lies in
   unsigned char* shared;
   size_t first_thread;
   size_t arrived = 0;  // at the barrier

@@ -21,7 +21,10 @@ constexpr int kRegistersOfProcessor = 64 * 1024;
 constexpr uint64_t kBarrierBits = 0x5245495252414221u;  // what is in memory where a barrier is
 constexpr int kRows = 16, kDepth = 16;                  // of a warp's part of a product
 
-std::string number(int64_t n) { return std::to_string(n); }
+template <class T>
+std::string number(T n) {
+  return std::to_string(n);
+}
 
 void need_sm90(const char* name, const Where& where) {
   if (gpu.capability != 90) fail_here(std::string(name) + " is for capability 9.0 alone", where);
@@ -36,8 +39,8 @@ unsigned first_address() {
 bool is_complete(const MemoryBarrier& barrier) { return barrier.awaited == 0 && barrier.announced == barrier.loading; }
 
 std::string missing(const MemoryBarrier& barrier) {
-  const int64_t bytes = static_cast<int64_t>(barrier.announced) - static_cast<int64_t>(barrier.loading);
-  return number(barrier.awaited) + " arrivals and " + number(bytes) + " bytes are missing";
+  return number(barrier.awaited) + " arrivals are missing, " + number(barrier.announced) + " bytes are announced, " +
+         number(barrier.loading) + " under way";
 }
 
 size_t place_of(const void* barrier, const char* name, const Where& where) {
@@ -257,8 +260,18 @@ void arrive_and_expect(void* memory, unsigned bytes, Where where) {
   count_arrival(memory, bytes, "arrive_and_expect", where);
 }
 
-void wait_barrier(void* memory, unsigned parity, Where where) {
+void arrive_in_cluster(void* own, unsigned rank, Where where) {
+  constexpr const char* kName = "arrive_in_cluster";
+  void* there = const_cast<void*>(of_cluster(own, sizeof(uint64_t), rank, where, kName));
+  Block* const block = std::exchange(current->block, &blocks[rank]);
+  find_barrier(there, kName, where).from_cluster |= block != current->block;
+  count_arrival(there, 0, kName, where);
+  current->block = block;
+}
+
+void wait_barrier(void* memory, unsigned parity, bool of_cluster, Where where) {
   MemoryBarrier& barrier = find_barrier(memory, "wait_barrier", where);
+  if (barrier.from_cluster && !of_cluster) fail_here("wait_barrier for what other blocks of the cluster did", where);
   if (parity > 1) fail_here("wait_barrier: a parity of " + number(parity), where);
   Thread& self = *current;
   self.barrier = place_of(memory, "wait_barrier", where);
@@ -298,8 +311,8 @@ void load_box(void* shared, const void* map, void* barrier_memory, std::initiali
   const size_t bytes = load.box.bytes();
   const ptrdiff_t offset = load.to - current->block->shared;
   if (offset < 0 || static_cast<size_t>(offset) + bytes > shared_bytes) {
-    fail_because("of " + number(static_cast<int64_t>(bytes)) + " bytes to byte " + number(offset) + " of " +
-                 number(static_cast<int64_t>(shared_bytes)) + " of shared memory");
+    fail_because("of " + number(bytes) + " bytes to byte " + number(offset) + " of " +
+                 number(shared_bytes) + " of shared memory");
   }
   if (shared_address(shared, where) % 128 != 0) {
     fail_because("to byte " + number(offset) + " of shared memory, whose address is no multiple of 128");
@@ -337,7 +350,7 @@ void sync_group(int number_of_barrier, int count, Where where) {
   }
   if (count <= 0 || count % kLanes != 0 || static_cast<size_t>(count) > threads_of_block) {
     fail_here("sync_group of " + number(count) + " threads in a block of " +
-                  number(static_cast<int64_t>(threads_of_block)),
+                  number(threads_of_block),
               where);
   }
   collective(Kind::group_barrier, ~0u, static_cast<uint64_t>(number_of_barrier) << 32 | static_cast<unsigned>(count), 0,
@@ -423,8 +436,8 @@ bool finish_group_barrier(Thread* lanes, const Where& where) {
   NamedBarrier& barrier = block.named[lanes[0].value >> 32];
   const size_t count = lanes[0].value & 0xffffffff;
   if (!barrier.warps.empty() && barrier.threads != count) {
-    fail_here("sync_group of " + number(static_cast<int64_t>(count)) + " threads, while others wait in one of " +
-                  number(static_cast<int64_t>(barrier.threads)),
+    fail_here("sync_group of " + number(count) + " threads, while others wait in one of " +
+                  number(barrier.threads),
               where);
   }
   barrier.threads = count;
@@ -466,7 +479,7 @@ std::string why_not_end(const Block& block) {
 }
 
 std::string describe_wait(const Thread& thread) {
-  return "byte " + std::to_string(thread.barrier) + ": " + missing(thread.block->barriers.at(thread.barrier));
+  return "byte " + number(thread.barrier) + ": " + missing(thread.block->barriers.at(thread.barrier));
 }
 
 }  // namespace host_cuda
