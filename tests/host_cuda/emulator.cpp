@@ -563,25 +563,26 @@ void cluster_wait(Where where) {
   }
 }
 
-const void* of_cluster(const void* own, size_t bytes, unsigned rank, Where where) {
+const void* of_cluster(const void* own, size_t bytes, unsigned rank, Where where, const char* name) {
+  const std::string text = name;
   const Thread& thread = *current;
   const Block& block = *thread.block;
   const ptrdiff_t offset = static_cast<const unsigned char*>(own) - block.shared;
-  if (gpu.capability < 90) fail_here("load_from_cluster needs capability 9.0", where);
+  if (gpu.capability < 90) fail_here(text + " needs capability 9.0", where);
   if (rank >= blocks.size()) {
-    fail_here("load_from_cluster from block " + std::to_string(rank) + " of a cluster of " +
+    fail_here(text + " from block " + std::to_string(rank) + " of a cluster of " +
                   std::to_string(blocks.size()),
               where);
   }
   if (offset < 0 || offset + bytes > shared_bytes || offset % static_cast<ptrdiff_t>(bytes) != 0) {
-    fail_here("load_from_cluster from byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes) +
+    fail_here(text + " from byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes) +
                   " of shared memory",
               where);
   }
   Block& other = blocks[rank];
   if (&other != &block) {
-    if (thread.cluster_waits == 0) fail_here("load_from_cluster before cluster_wait: it may not have started", where);
-    if (other.exited == threads_of_block) fail_here("load_from_cluster from a block that has ended", where);
+    if (thread.cluster_waits == 0) fail_here(text + " before cluster_wait: it may not have started", where);
+    if (other.exited == threads_of_block) fail_here(text + " from a block that has ended", where);
     other.last_read = std::max(other.last_read, thread.cluster_arrivals);
   }
   return other.shared + offset;

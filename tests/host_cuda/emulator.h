@@ -54,7 +54,8 @@ void copy_async_wait(size_t pending);
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
 // Where the cluster's block `rank` has what this block has at `own`.
-const void* of_cluster(const void* own, size_t bytes, unsigned rank, Where where);
+const void* of_cluster(const void* own, size_t bytes, unsigned rank, Where where,
+                       const char* name = "load_from_cluster");
 
 // As csrc/cuda/ptx_sm90.cuh has them. Boxes are of im2col where there are offsets, `ahead`.
 unsigned shared_address(const void* shared, Where where);
@@ -62,7 +63,9 @@ void init_barrier(void* barrier, unsigned arrivals, Where where);
 void fence_barriers(Where where);
 void arrive(void* barrier, Where where);
 void arrive_and_expect(void* barrier, unsigned bytes, Where where);
-void wait_barrier(void* barrier, unsigned parity, Where where);
+// At the barrier of the cluster's block `rank`; what others than its own block brought, only wait_barrier_of_cluster sees.
+void arrive_in_cluster(void* own, unsigned rank, Where where);
+void wait_barrier(void* barrier, unsigned parity, bool of_cluster, Where where);
 void fence_async_proxy(Where where);
 void prefetch_tensor_map(const void* map, Where where);
 void load_box(void* shared, const void* map, void* barrier, std::initializer_list<int> at,

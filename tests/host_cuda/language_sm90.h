@@ -24,7 +24,13 @@ inline void arrive_and_expect(uint64_t* barrier, unsigned bytes, SourcePlace whe
   host_cuda::arrive_and_expect(barrier, bytes, where);
 }
 inline void wait_barrier(uint64_t* barrier, unsigned parity, SourcePlace where = SourcePlace::current()) {
-  host_cuda::wait_barrier(barrier, parity, where);
+  host_cuda::wait_barrier(barrier, parity, false, where);
+}
+inline void arrive_in_cluster(uint64_t* own, unsigned rank, SourcePlace where = SourcePlace::current()) {
+  host_cuda::arrive_in_cluster(own, rank, where);
+}
+inline void wait_barrier_of_cluster(uint64_t* barrier, unsigned parity, SourcePlace where = SourcePlace::current()) {
+  host_cuda::wait_barrier(barrier, parity, true, where);
 }
 inline void fence_async_proxy(SourcePlace where = SourcePlace::current()) { host_cuda::fence_async_proxy(where); }
 
@@ -61,6 +67,9 @@ template <int pending>
 void products_wait(SourcePlace where = SourcePlace::current()) {
   host_cuda::products(host_cuda::Kind::products_wait, pending, where);
 }
+// Of the compiler alone.
+template <int n>
+void products_done(float (&)[n]) {}
 template <class T, int columns>
 void multiply_add_group(float (&d)[columns / 2], uint64_t a, uint64_t b, SourcePlace where = SourcePlace::current()) {
   static_assert(sizeof(T) == 2 && columns % 8 == 0 && columns >= 8 && columns <= 256);

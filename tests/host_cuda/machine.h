@@ -51,6 +51,7 @@ struct MemoryBarrier {
   const Thread* owner;
   size_t synced;
   bool fenced = false;
+  bool from_cluster = false;  // others than the own block have arrived
 };
 
 struct NamedBarrier {

@@ -257,8 +257,18 @@ void arrive_and_expect(void* memory, unsigned bytes, Where where) {
   count_arrival(memory, bytes, "arrive_and_expect", where);
 }
 
-void wait_barrier(void* memory, unsigned parity, Where where) {
+void arrive_in_cluster(void* own, unsigned rank, Where where) {
+  constexpr const char* kName = "arrive_in_cluster";
+  void* there = const_cast<void*>(of_cluster(own, sizeof(uint64_t), rank, where, kName));
+  Block* const block = std::exchange(current->block, &blocks[rank]);
+  find_barrier(there, kName, where).from_cluster |= block != current->block;
+  count_arrival(there, 0, kName, where);
+  current->block = block;
+}
+
+void wait_barrier(void* memory, unsigned parity, bool of_cluster, Where where) {
   MemoryBarrier& barrier = find_barrier(memory, "wait_barrier", where);
+  if (barrier.from_cluster && !of_cluster) fail_here("wait_barrier for what other blocks of the cluster did", where);
   if (parity > 1) fail_here("wait_barrier: a parity of " + number(parity), where);
   Thread& self = *current;
   self.barrier = place_of(memory, "wait_barrier", where);
