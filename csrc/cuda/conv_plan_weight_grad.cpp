@@ -19,12 +19,18 @@ constexpr int64_t kMostTaps = 4096;
 constexpr double kSecondLevel = 0.25;
 constexpr double kLatency = 1e-6;
 
+// Counted, for each element that is not loaded in a vector.
+constexpr int kElementInstructions = 18;
+
 int size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // Times of a tile's step and of bytes, in seconds.
 class Model {
  public:
   Model(const ConvCase& c, const Device& device) : c_(c), device_(device), ceilings_(ceilings_of(device)) {}
+
+  bool vector_rows() const { return c_.aligned && c_.group_filters() % (16 / size_of(c_.dtype)) == 0; }
+  bool vector_columns() const { return c_.aligned && c_.group_channels() % (16 / size_of(c_.dtype)) == 0; }
 
   // The best cut of the pixels among blocks for one tile.
   WeightGradPlan plan(const Tile& tile) const {
@@ -58,18 +64,23 @@ class Model {
   // Of a multiprocessor that does nothing else: what is slowest of tensor cores, shared memory and what fills it.
   double seconds_of_step(const Tile& tile) const {
     const int64_t brought = int64_t(kStepBytes) * (tile.rows + tile.columns);
-    const int64_t read = int64_t(kStepBytes) * (kWarpRows + kWarpColumns) * threads_of(tile.rows, tile.columns) / 32;
+    const int64_t read = int64_t(kStepBytes) * (kWarpRows + warp_columns_of(tile.rows, tile.columns)) *
+                         threads_of(tile.rows, tile.columns) / 32;
     // As many bytes take as many clocks, be they 16-bit numbers or TF32.
     const double operations = 2.0 * tile.rows * tile.columns * kStepBytes / 2;
     const double products = operations / (ceilings_.operations * ceilings_.mma_sync);
     const double shared = double(brought + read) / ceilings_.cached;
     const double filled = double(brought) / (ceilings_.cached * kSecondLevel);
-    return std::max({products, shared, filled}) * device_.processors;
+    // A clock serves as many lanes as the caches give bytes.
+    const int64_t elements = (vector_rows() ? 0 : tile.rows) + (vector_columns() ? 0 : tile.columns);
+    const double issued = double(elements * step() * kElementInstructions) / ceilings_.cached;
+    return std::max({products, shared, filled, issued}) * device_.processors;
   }
 
   double seconds(const Tile& tile, const WeightGradPlan& plan, int64_t steps) const {
-    const int64_t resident = std::min<int64_t>(kResidentThreads / threads_of(tile.rows, tile.columns),
-                                               (device_.shared_memory + 1024) / (plan.shared + 1024));
+    // A block costs a kibibyte more than it asks for.
+    const int64_t resident =
+        std::min<int64_t>(resident_of(tile.rows, tile.columns), (device_.shared_memory + 1024) / (plan.shared + 1024));
     const int64_t of_processor = ceil_divide(plan.blocks, device_.processors);
     const int64_t together = std::max<int64_t>(1, std::min(resident, of_processor));
     // Blocks that are few wait for their loads, which are a stage less ahead than there are.
@@ -87,11 +98,6 @@ class Model {
   const Device& device_;
   Ceilings ceilings_;
 };
-
-bool takes_vectors(const ConvCase& c) {
-  const int64_t vector = 16 / size_of(c.dtype);
-  return c.aligned && c.group_channels() % vector == 0 && c.group_filters() % vector == 0;
-}
 
 }  // namespace
 
@@ -125,7 +131,7 @@ WeightGradPlan plan_weight_grad(const ConvCase& c, const Device& device) {
   WeightGradPlan best{};
   for (const Tile& tile : kTiles) {
     const bool last = &tile == kTiles + std::size(kTiles) - 1;
-    if (!last && (!takes_vectors(c) || shared_of(tile.rows, tile.columns) > device.shared_memory)) continue;
+    if (!last && (!(model.vector_rows() && model.vector_columns()) || shared_of(tile.rows, tile.columns) > device.shared_memory)) continue;
     const WeightGradPlan plan = model.plan(tile);
     if (best.blocks == 0 || plan.seconds < best.seconds) best = plan;
   }

@@ -59,7 +59,7 @@ struct Path {
 
 struct Job {
   int filters, group_filters, group_channels;
-  unsigned gradient_row, input_row;  // bytes of a pixel
+  int gradient_pitch, input_pitch;  // bytes from one pixel to the next
   int length;  // of a filter: taps times channels of a group
   int groups;
   int pixels;  // of the output, in all samples
@@ -69,7 +69,7 @@ struct Job {
   Path path;                         // of the columns
 };
 
-// The pixel of the input that a tap sees. Rows may run over where that is none; then they are not used.
+// The pixel of the input that a tap sees. Where that is none, its row is that of another, or before or behind all.
 struct Position {
   int at[3];
   int end[3];  // where an axis starts again
@@ -89,33 +89,40 @@ struct Position {
     for (int d = 0; d < 3; ++d) row = row * path.size[d] + at[d];
   }
 
-  // `by_one`: by one pixel of the output, where an axis goes on only with the carry of the one below.
-  template <bool by_one>
+  // By as many pixels of the output as the path was made for.
   __device__ __forceinline__ void advance(const Path& path) {
     row += path.advance_rows;
-    at[2] += path.advance[2];
-    if constexpr (!by_one) {
-      at[1] += path.advance[1];
-      at[0] += path.advance[0];
-    }
-    bool carried = true;
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      carried = (carried || !by_one) && at[d] >= end[d];
-      if (!carried) {
-        if constexpr (by_one) return;
-        continue;
-      }
-      at[d] -= path.span[d];
-      if (d > 0) at[d - 1] += path.stride[d - 1];
-      row += path.carry[d];
+      at[d] += path.advance[d];
+      if (at[d] >= end[d]) carry(path, d);
     }
   }
 
+  // By `n` pixels, within one row of the output or to the beginning of the next.
+  __device__ __forceinline__ void advance_in_row(const Path& path, int n) {
+    row += n * path.stride[2];
+    at[2] += n * path.stride[2];
+    if (at[2] < end[2]) return;
+    carry(path, 2);
+    if (at[1] < end[1]) return;
+    carry(path, 1);
+    if (at[0] >= end[0]) carry(path, 0);
+  }
+
+  __device__ __forceinline__ bool inside(const Path& path, int d) const {
+    return unsigned(at[d]) < unsigned(path.size[d]);
+  }
   __device__ __forceinline__ bool inside(const Path& path) const {
     // No jumps.
-    return bool(int(unsigned(at[0]) < unsigned(path.size[0])) & int(unsigned(at[1]) < unsigned(path.size[1])) &
-                int(unsigned(at[2]) < unsigned(path.size[2])));
+    return int(inside(path, 0)) & int(inside(path, 1)) & int(inside(path, 2));
+  }
+
+ private:
+  __device__ __forceinline__ void carry(const Path& path, int d) {
+    at[d] -= path.span[d];
+    if (d > 0) at[d - 1] += path.stride[d - 1];
+    row += path.carry[d];
   }
 };
 
@@ -123,37 +130,75 @@ struct Position {
 template <class T>
 struct Gradient {
   const unsigned char* from;
-  int64_t step;  // bytes
+  int pitch;
+  int64_t step;  // from one vector to the next, in bytes too
 
-  __device__ __forceinline__ Gradient(const ConvWeightGrad& p, const Job& job, int group, int filter, int pixel, int apart)
-      : from(static_cast<const unsigned char*>(p.grad_output) + int64_t(pixel) * job.gradient_row +
-             int64_t(group * job.group_filters + filter) * int64_t(sizeof(T))),
-        step(int64_t(apart) * job.gradient_row) {}
+  __device__ __forceinline__ Gradient(const ConvWeightGrad& p, const Job& job, int filter, int pixel, int apart)
+      : from(static_cast<const unsigned char*>(p.grad_output) + int64_t(pixel) * job.gradient_pitch +
+             int64_t(filter) * int64_t(sizeof(T))),
+        pitch(job.gradient_pitch),
+        step(int64_t(apart) * job.gradient_pitch) {}
+
+  // A vector: where it is, and whether it is at all.
   __device__ __forceinline__ const void* address() const { return from; }
   __device__ __forceinline__ bool there() const { return true; }
-  template <bool by_one>
-  __device__ __forceinline__ void next() {
-    from += step;
+  __device__ __forceinline__ void next() { from += step; }
+
+  // An element each of n pixels, of which `left` remain.
+  template <int n>
+  __device__ __forceinline__ void read(T (&elements)[n], int left) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      elements[i] = i < left ? __ldg(reinterpret_cast<const T*>(from + int64_t(i) * pitch)) : narrow<T>(0);
+    }
+    from += int64_t(n) * pitch;
   }
 };
 
 // Columns of the product: what one tap sees of the input.
 template <class T>
 struct Input {
-  const Job& job;
+  const Path& path;
   const unsigned char* base;
+  int pitch;
   Position position;
 
   __device__ __forceinline__ Input(const ConvWeightGrad& p, const Job& job, int group, int column, int pixel)
-      : job(job),
+      : path(job.path),
         base(static_cast<const unsigned char*>(p.input) +
              int64_t(group * job.group_channels + column % job.group_channels) * int64_t(sizeof(T))),
+        pitch(job.input_pitch),
         position(job.path, pixel, column / job.group_channels) {}
-  __device__ __forceinline__ const void* address() const { return base + uint64_t{position.row} * job.input_row; }
-  __device__ __forceinline__ bool there() const { return position.inside(job.path); }
-  template <bool by_one>
-  __device__ __forceinline__ void next() {
-    position.template advance<by_one>(job.path);
+
+  __device__ __forceinline__ const void* address() const { return base + int64_t(static_cast<int>(position.row)) * pitch; }
+  __device__ __forceinline__ bool there() const { return position.inside(path); }
+  __device__ __forceinline__ void next() { position.advance(path); }
+
+  template <int n>
+  __device__ __forceinline__ void read(T (&elements)[n], int left) {
+    const auto load = [&](const void* from, bool there) {
+      return there ? __ldg(static_cast<const T*>(from)) : narrow<T>(0);
+    };
+    const int stride = path.stride[2];
+    if (position.at[2] + (n - 1) * stride < position.end[2]) {
+      // All in one row, which is most of the time.
+      const auto* from = static_cast<const unsigned char*>(address());
+      const bool row_there = position.inside(path, 0) && position.inside(path, 1);
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const bool there = unsigned(position.at[2] + i * stride) < unsigned(path.size[2]);
+        elements[i] = load(from + int64_t(i) * stride * pitch, row_there && there && i < left);
+      }
+      position.advance_in_row(path, n);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < n; ++i) {
+        const T element = load(address(), there() && i < left);
+#pragma unroll
+        for (int k = 0; k < n; ++k) elements[k] = k == i ? element : elements[k];
+        position.advance_in_row(path, 1);
+      }
+    }
   }
 };
 
@@ -185,13 +230,11 @@ struct Share {
 
   int element;  // of the tile
   int pixel;    // of a step
-  int apart;
   int left;  // pixels of the split from that one on, none where there is no such element
 
   __device__ __forceinline__ Share(bool vectors, int elements, int pixels)
       : element(vectors ? threadIdx.x % Of::kVectors * kVector<T> : threadIdx.x),
         pixel(vectors ? threadIdx.x / Of::kVectors : 0),
-        apart(vectors ? kPixelsApart : 1),
         left(element < elements ? pixels - pixel : 0) {}
 
   // Brings the next step's pixels on chip; visible after a wait and a barrier.
@@ -202,7 +245,7 @@ struct Share {
     for (int i = 0; i < kLoads; ++i) {
       copy_async_16_or_zero(stage + i * kPixelsApart * Of::kRowBytes, source.address(),
                             int(source.there()) & int(i * kPixelsApart < left));
-      source.template next<false>();
+      source.next();
     }
     left -= Of::kPixels;
   }
@@ -213,11 +256,7 @@ struct Share {
 #pragma unroll 1
     for (int start = 0; start < Of::kPixels; start += kElements, stage += kElements * Of::kRowBytes) {
       T elements[kElements];
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        elements[i] = source.there() && i < left ? __ldg(static_cast<const T*>(source.address())) : narrow<T>(0);
-        source.template next<true>();
-      }
+      source.read(elements, left);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         *reinterpret_cast<T*>(stage + Of::byte_of(i, element / kVector<T>)) = elements[i];
@@ -227,21 +266,22 @@ struct Share {
   }
 };
 
-// The tile of one warp: 4 x 4 products of 16 rows and 8 columns. Of TF32, which ldmatrix does not turn round, a thread reads
+// The tile of one warp, in products of 16 rows and 8 columns. Of TF32, which ldmatrix does not turn round, a thread reads
 // two neighbouring filters at once, and so those are rows g and g + 8 of a product.
 template <class T, int rows, int columns>
 class WarpTile {
   using A = Operand<T, rows>;
   using B = Operand<T, columns>;
   static constexpr bool kWords = sizeof(T) == 4;
-  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;
+  static constexpr int kColumns = warp_columns_of(rows, columns);
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kColumns / 8;
   static constexpr int kPixels = 32 / sizeof(T);  // of one product
 
  public:
   __device__ __forceinline__ WarpTile() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, thread = lane % 4;
     row_ = warp % (rows / kWarpRows) * kWarpRows;
-    column_ = warp / (rows / kWarpRows) * kWarpColumns;
+    column_ = warp / (rows / kWarpRows) * kColumns;
     const int row_vector = row_ / kVector<T>, column_vector = column_ / kVector<T>;
     if constexpr (kWords) {
 #pragma unroll
@@ -254,7 +294,7 @@ class WarpTile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a_[i] = A::byte_of(matrix / 2 * 8 + pixel, row_vector + 2 * i + matrix % 2);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < kColumnTiles / 2; ++j) {
         b_[j] = A::kBytes + B::byte_of(matrix % 2 * 8 + pixel, column_vector + 2 * j + matrix / 2);
       }
     }
@@ -275,7 +315,8 @@ class WarpTile {
           }
 #pragma unroll
           for (int j = 0; j < kColumnTiles; ++j) {
-            b[j][half] = round_to_tf32(*reinterpret_cast<const unsigned*>(of_columns + b_[j] + half * 4 * B::kRowBytes));
+            const unsigned char* word = of_columns + b_[j % 4] + j / 4 * 128 + half * 4 * B::kRowBytes;
+            b[j][half] = round_to_tf32(*reinterpret_cast<const unsigned*>(word));
           }
         }
       } else {
@@ -331,7 +372,7 @@ class WarpTile {
 
 // The sums of one tile over one split, to workspace[split][filter][tap][channel].
 template <class T, int rows, int columns, bool vectors>
-__global__ void __launch_bounds__(threads_of(rows, columns), kResidentThreads / threads_of(rows, columns))
+__global__ void __launch_bounds__(threads_of(rows, columns), resident_of(rows, columns))
     partial_sums(const __grid_constant__ ConvWeightGrad p, const __grid_constant__ Job job) {
   constexpr int kThreadsHere = threads_of(rows, columns);
   using A = Operand<T, rows>;
@@ -348,7 +389,8 @@ __global__ void __launch_bounds__(threads_of(rows, columns), kResidentThreads / 
 
   Share<T, rows, kThreadsHere> row_share(vectors || job.vector_rows, job.group_filters - first_row, length);
   Share<T, columns, kThreadsHere> column_share(vectors || job.vector_columns, job.length - first_column, length);
-  Gradient<T> gradient(p, job, group, first_row + row_share.element, begin + row_share.pixel, row_share.apart);
+  Gradient<T> gradient(p, job, group * job.group_filters + first_row + row_share.element, begin + row_share.pixel,
+                       row_share.kPixelsApart);
   Input<T> input(p, job, group, first_column + column_share.element, begin + column_share.pixel);
   unsigned char* const stages = dynamic_shared();
   const auto load = [&](int stage) {
@@ -493,13 +535,12 @@ cudaError_t run(const ConvWeightGrad& p, const WeightGradPlan& plan, cudaStream_
   const bool vector_columns = whole_vectors(p.input, p.channels, p.group_channels());
   const auto run_tile = [&](auto kernel, int rows, int columns) {
     const int threads = threads_of(rows, columns);
-    const int apart = vector_columns ? threads * kVector<T> / columns : 1;
     const int64_t length = p.windows.taps() * p.group_channels();
     const Job job{static_cast<int>(p.filters),
                   static_cast<int>(p.group_filters()),
                   static_cast<int>(p.group_channels()),
-                  static_cast<unsigned>(p.filters * sizeof(T)),
-                  static_cast<unsigned>(p.channels * sizeof(T)),
+                  static_cast<int>(p.filters * sizeof(T)),
+                  static_cast<int>(p.channels * sizeof(T)),
                   static_cast<int>(length),
                   static_cast<int>(p.groups),
                   static_cast<int>(p.samples * p.windows.output[0] * p.windows.output[1] * p.windows.output[2]),
@@ -508,10 +549,12 @@ cudaError_t run(const ConvWeightGrad& p, const WeightGradPlan& plan, cudaStream_
                   static_cast<int>(ceil_divide(length, columns)),
                   vector_rows,
                   vector_columns,
-                  Path(p.windows, apart)};
+                  Path(p.windows, threads * kVector<T> / columns)};
     return launch(kernel, plan.blocks, threads, shared_of(rows, columns), 1, stream, p, job);
   };
   const auto run_vectors = [&] {
+    if (plan.rows == 256) return run_tile(partial_sums<T, 256, 128, true>, 256, 128);
+    if (plan.columns == 256) return run_tile(partial_sums<T, 128, 256, true>, 128, 256);
     if (plan.rows == 128 && plan.columns == 128) return run_tile(partial_sums<T, 128, 128, true>, 128, 128);
     if (plan.rows == 128) return run_tile(partial_sums<T, 128, 64, true>, 128, 64);
     if (plan.columns == 128) return run_tile(partial_sums<T, 64, 128, true>, 64, 128);

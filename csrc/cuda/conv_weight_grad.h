@@ -9,13 +9,15 @@ namespace deepcontrol::cuda::weight_grad {
 constexpr int kStepBytes = 64;
 constexpr int kStages = 3;
 
-// What a warp has of a tile: 64 sums a thread.
+// What a warp has of a tile: 64 sums a thread, of large tiles 128, which then read less from shared memory for each product.
 constexpr int kWarpRows = 64;
-constexpr int kWarpColumns = 32;
-constexpr int threads_of(int rows, int columns) { return rows * columns / (kWarpRows * kWarpColumns) * 32; }
+constexpr int warp_columns_of(int rows, int columns) { return rows * columns > 128 * 128 ? 64 : 32; }
+constexpr int threads_of(int rows, int columns) { return rows * columns / (kWarpRows * warp_columns_of(rows, columns)) * 32; }
 
-// Registers leave room for so many threads on a multiprocessor.
-constexpr int kResidentThreads = 512;
+// Blocks of a multiprocessor that registers leave room for.
+constexpr int resident_of(int rows, int columns) {
+  return (warp_columns_of(rows, columns) == 64 ? 256 : 512) / threads_of(rows, columns);
+}
 
 constexpr int64_t shared_of(int rows, int columns) { return int64_t(kStages) * kStepBytes * (rows + columns); }
 
@@ -23,7 +25,7 @@ struct Tile {
   int rows, columns;
 };
 // The last is also for tensors whose vectors do not fit.
-constexpr Tile kTiles[] = {{128, 128}, {128, 64}, {64, 128}, {64, 64}};
+constexpr Tile kTiles[] = {{256, 128}, {128, 256}, {128, 128}, {128, 64}, {64, 128}, {64, 64}};
 
 // What the partial sums of one filter may take on chip when they are finished, some channels at a time.
 constexpr int64_t kFinishedBytes = 40 * 1024;
