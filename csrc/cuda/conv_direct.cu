@@ -33,11 +33,17 @@ struct Cut {
   int most_taps, last_of_most;  // of a phase, and the last phase that has as many
   int group_channels, group_filters;
   int weights;    // of a filter
+  int pixel_bytes, row_bytes;  // of the input
+  int64_t map_bytes;
+  int lanes, groups;
+  int next_pixel, next_tap;  // bytes along a row, as far as pixels of the output and taps lie apart
+  int tap_weights;           // of all channels and filters of the block
+  int phase_weights;         // the distance of a phase's taps
   Divisor row;    // by strips of a row
   Divisor plane;  // by rows of a plane
   DirectShared shared;
 
-  Cut(const ConvForward& p, const ConvPlan& plan, int size_of_sum)
+  Cut(const ConvForward& p, const ConvPlan& plan, int size, int size_of_sum)
       : strips(static_cast<int>(strips_of_map(p.windows, strip_of(size_of_sum)))),
         of_block(plan.rows / strip_of(size_of_sum)),
         parts(static_cast<int>(ceil_divide(strips, of_block))),
@@ -49,6 +55,15 @@ struct Cut {
         group_channels(static_cast<int>(p.group_channels())),
         group_filters(static_cast<int>(p.group_filters())),
         weights(static_cast<int>(p.windows.taps()) * group_channels),
+        pixel_bytes(static_cast<int>(p.channels * size)),
+        row_bytes(static_cast<int>(p.windows.size[2] * pixel_bytes)),
+        map_bytes(p.windows.size[0] * p.windows.size[1] * row_bytes),
+        lanes(1 << plan.log_lanes),
+        groups(kThreads >> plan.log_lanes),
+        next_pixel(static_cast<int>(p.windows.stride[2]) * pixel_bytes),
+        next_tap(static_cast<int>(p.windows.dilation[2]) * pixel_bytes),
+        tap_weights(group_channels * plan.columns),
+        phase_weights(phases * tap_weights),
         row(strips_of_row(p.windows, strip_of(size_of_sum))),
         plane(p.windows.output[1]),
         shared(plan, weights, size_of_sum) {}
@@ -62,22 +77,21 @@ class Row {
 
  public:
   // For filters from `filter` on; if they are no `vectors`, `seen` has the offsets of their channels.
-  __device__ __forceinline__ Row(const ConvForward& p, int sample, int filter, const int* seen)
-      : seen_(seen), pixel_(static_cast<int>(p.channels * sizeof(T))), width_(static_cast<int>(p.windows.size[2]) * pixel_) {
-    const int64_t rows = p.windows.size[0] * p.windows.size[1];
-    maps_ = static_cast<const char*>(p.input) + int64_t(sample) * rows * width_ + (vectors ? filter * sizeof(T) : 0);
-  }
+  __device__ __forceinline__ Row(const ConvForward& p, const Cut& cut, int sample, int filter, const int* seen)
+      : cut_(cut),
+        maps_(static_cast<const char*>(p.input) + sample * cut.map_bytes + (vectors ? filter * int(sizeof(T)) : 0)),
+        seen_(seen) {}
 
   // Goes to a row of the sample and a channel of the groups.
   __device__ __forceinline__ void go_to(int row, int channel) {
-    from_ = maps_ + (int64_t(row) * width_ + channel * int(sizeof(T)));
+    from_ = maps_ + int64_t(row) * cut_.row_bytes + channel * int(sizeof(T));
   }
   // Of a column, which may be outside of the row.
-  __device__ __forceinline__ int offset_of(int column) const { return column * pixel_; }
+  __device__ __forceinline__ int offset_of(int column) const { return column * cut_.pixel_bytes; }
   // What filters from `first` of the eight on see; zero outside.
   template <int count>
   __device__ __forceinline__ void read(int offset, int first, A (&values)[count]) const {
-    const bool inside = unsigned(offset) < unsigned(width_);
+    const bool inside = unsigned(offset) < unsigned(cut_.row_bytes);
     const char* from = from_ + unsigned(offset);
     if constexpr (vectors) {
       constexpr int n = kVector<T>;
@@ -99,10 +113,10 @@ class Row {
   }
 
  private:
+  const Cut& cut_;
   const char* maps_;
   const char* from_;
   const int* seen_;
-  int pixel_, width_;
 };
 
 // The weights of the block's filters lie by tap. In a row of them the octets are apart, vector by vector, so that the lanes
@@ -159,11 +173,11 @@ class Strip {
   }
 
   // (d, h, w) is what the tap at the origin sees for the first pixel; `weights` are those of this lane.
-  __device__ __forceinline__ void convolve(const ConvForward& p, const Cut& cut, int lanes, Row<T, vectors> row,
+  __device__ __forceinline__ void convolve(const ConvForward& p, const Cut& cut, Row<T, vectors> row,
                                            const A* weights, int d, int h, int w) {
     clear();
 #pragma unroll
-    for (int first = 0; first < kOctet; first += kAtOnce) convolve(p, cut, lanes, row, weights, d, h, w, first);
+    for (int first = 0; first < kOctet; first += kAtOnce) convolve(p, cut, row, weights, d, h, w, first);
   }
 
   // A thread reads only what it has written itself.
@@ -198,15 +212,14 @@ class Strip {
   }
 
  private:
-  __device__ __forceinline__ void convolve(const ConvForward& p, const Cut& cut, int lanes, Row<T, vectors>& row,
+  __device__ __forceinline__ void convolve(const ConvForward& p, const Cut& cut, Row<T, vectors>& row,
                                            const A* weights, int d, int h, int w, int first) {
     const Windows& windows = p.windows;
     const int kernel_d = windows.kernel[0], kernel_h = windows.kernel[1], kernel_w = windows.kernel[2];
-    const int dilation_d = windows.dilation[0], dilation_h = windows.dilation[1], dilation_w = windows.dilation[2];
+    const int dilation_d = windows.dilation[0], dilation_h = windows.dilation[1];
     const int size_d = windows.size[0], size_h = windows.size[1];
     const int channels = vectors ? 1 : cut.group_channels;
-    const int offset = row.offset_of(w), pixel = row.offset_of(windows.stride[2]), tap = row.offset_of(dilation_w);
-    const int per_tap = channels * lanes * kOctet;
+    const int offset = row.offset_of(w);
     for (int c = 0; c < channels; ++c) {
       for (int kd = 0; kd < kernel_d; ++kd) {
         const int z = d + kd * dilation_d;
@@ -215,9 +228,9 @@ class Strip {
           const int y = h + kh * dilation_h;
           if (unsigned(y) >= unsigned(size_h)) continue;
           row.go_to(z * size_h + y, c);
-          const A* of_row = weights + (kd * kernel_h + kh) * kernel_w * per_tap + c * lanes * kOctet;
+          const A* of_row = weights + (kd * kernel_h + kh) * kernel_w * cut.tap_weights + c * cut.lanes * kOctet;
           for (int phase = 0; phase < cut.phases; ++phase) {
-            slide(row, offset + phase * tap, pixel, of_row + phase * per_tap, cut.phases * per_tap, lanes,
+            slide(cut, row, offset + phase * cut.next_tap, of_row + phase * cut.tap_weights,
                   cut.most_taps - (phase > cut.last_of_most), first);
           }
         }
@@ -229,36 +242,35 @@ class Strip {
   // that is not needed any more.
   struct Window {
     const Row<T, vectors>& row;
-    int offset, pixel;    // of the number that comes next, and from one to the next
-    const A* weights;     // of the tap that comes next
-    int stride;           // of weights
+    int offset;        // of the number that comes next
+    const A* weights;  // of the tap that comes next
     A values[kPixels][kAtOnce];
   };
 
   // The taps of one phase.
-  __device__ __forceinline__ void slide(const Row<T, vectors>& row, int offset, int pixel, const A* weights, int stride,
-                                        int lanes, int taps, int first) {
-    Window window{row, offset, pixel, weights, stride, {}};
+  __device__ __forceinline__ void slide(const Cut& cut, const Row<T, vectors>& row, int offset, const A* weights, int taps,
+                                        int first) {
+    Window window{row, offset, weights, {}};
 #pragma unroll
     for (int i = 0; i < kPixels - 1; ++i) {
       row.read(window.offset, first, window.values[i]);
-      window.offset += pixel;
+      window.offset += cut.next_pixel;
     }
-    for (; taps >= kPixels; taps -= kPixels) advance<kPixels>(window, lanes, first);
+    for (; taps >= kPixels; taps -= kPixels) advance<kPixels>(cut, window, first);
     // Not one by one: their loads are under way together.
-    if (taps == 3) advance<3>(window, lanes, first);
-    if (taps == 2) advance<2>(window, lanes, first);
-    if (taps == 1) advance<1>(window, lanes, first);
+    if (taps == 3) advance<3>(cut, window, first);
+    if (taps == 2) advance<2>(cut, window, first);
+    if (taps == 1) advance<1>(cut, window, first);
   }
 
   template <int taps>
-  __device__ __forceinline__ void advance(Window& window, int lanes, int first) {
+  __device__ __forceinline__ void advance(const Cut& cut, Window& window, int first) {
 #pragma unroll
     for (int tap = 0; tap < taps; ++tap) {
       window.row.read(window.offset, first, window.values[(tap + kPixels - 1) % kPixels]);
-      multiply(window.values, tap, window.weights, lanes, first);
-      window.offset += window.pixel;
-      window.weights += window.stride;
+      multiply(window.values, tap, window.weights, cut.lanes, first);
+      window.offset += cut.next_pixel;
+      window.weights += cut.phase_weights;
     }
   }
 
@@ -284,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     const __grid_constant__ Cut cut) {
   using A = Accumulation<T>;
   constexpr int kPixels = Strip<T, vectors>::kPixels, kStrip = kPixels * kOctet * kThreads;
-  const int lanes = 1 << plan.log_lanes, lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> plan.log_lanes;
+  const int lanes = cut.lanes, groups = cut.groups, lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> plan.log_lanes;
   const int part = blockIdx.x % cut.parts, tile = blockIdx.x / cut.parts % cut.tiles;
   const int sample = blockIdx.x / cut.parts / cut.tiles;
   const int filters = static_cast<int>(p.filters), first_filter = tile * plan.columns, filter = first_filter + lane * kOctet;
@@ -315,25 +327,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_sums(own, {});
   __syncthreads();
 
-  const Row<T, vectors> row(p, sample, filter, seen + lane * kOctet);
-  const int begin = part * cut.of_block, end = count > 0 ? min(cut.strips, begin + cut.of_block) : 0;
+  const Row<T, vectors> row(p, cut, sample, filter, seen + lane * kOctet);
+  // Of the block; none for a thread that has no filters.
+  const int strips = count > 0 ? min(cut.of_block, cut.strips - part * cut.of_block) : 0;
   const int width = static_cast<int>(p.windows.output[2]);
   Strip<T, vectors> strip;
-  const auto index_of = [&](int step) { return begin + (step << (kLogThreads - plan.log_lanes)) + group; };
   const auto convolve = [&](int index) {
+    index += part * cut.of_block;
     const int line = cut.row(index), plane = cut.plane(line), q = (index - line * int(cut.row.by)) * kPixels;
-    strip.convolve(p, cut, lanes, row, weights + lane * kPixels,
+    strip.convolve(p, cut, row, weights + lane * kPixels,
                    plane * int(p.windows.stride[0]) - int(p.windows.padding[0]),
                    (line - plane * int(cut.plane.by)) * int(p.windows.stride[1]) - int(p.windows.padding[1]),
                    q * int(p.windows.stride[2]) - int(p.windows.padding[2]));
   };
   const auto finish = [&](int index) {
     const Epilogue<T> epilogue(p);
+    index += part * cut.of_block;
     const int line = cut.row(index), q = (index - line * int(cut.row.by)) * kPixels, pixels = min(kPixels, width - q);
     const int64_t first = sample * p.pixels() + line * width + q;
-    // Twenty-four moves a pixel are less than as many copies of all activations as a strip has pixels.
-#pragma unroll 1
-    for (int k = 0; k < pixels; ++k) {
+    const auto finish_pixel = [&](int64_t pixel, const A (&sums)[kOctet], auto rectified) {
       A z[kOctet];
 #pragma unroll
       for (int j = 0; j < kOctet; j += kPixels) {
@@ -341,21 +353,33 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_vector_of(gains + (j * lanes + lane * kPixels), gain);
         load_vector_of(shifts + (j * lanes + lane * kPixels), shift);
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i) z[j + i] = gain[i] * strip.sums[0][j + i] + shift[i];
+        for (int i = 0; i < kPixels; ++i) z[j + i] = gain[i] * sums[j + i] + shift[i];
       }
-      epilogue.store(first + k, filter, count, z);
-      strip.move_up();
+      epilogue.template store<rectified()>(pixel, filter, count, z);
+    };
+    if (is_rectified(p.activation)) {
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        if (i < pixels) finish_pixel(first + i, strip.sums[i], std::true_type{});
+      }
+    } else {
+      // Moves are less than as many copies of all activations as a strip has pixels.
+#pragma unroll 1
+      for (int i = 0; i < pixels; ++i) {
+        finish_pixel(first + i, strip.sums[0], std::false_type{});
+        strip.move_up();
+      }
     }
   };
 
   if (p.centred) {
-    for (int step = 0; step < cut.steps; ++step) {
-      const int index = index_of(step);
-      if (index >= end) continue;
+    for (int index = group; index < strips; index += groups) {
       convolve(index);
-      const int line = cut.row(index);
-      strip.add_to(own, width - (index - line * int(cut.row.by)) * kPixels);
-      if (plan.held && step + 1 < cut.steps) strip.keep(kept + step * kStrip);
+      const int column = (part * cut.of_block + index) - cut.row(part * cut.of_block + index) * int(cut.row.by);
+      strip.add_to(own, width - column * kPixels);
+      if (!plan.held || index + groups >= strips) continue;
+      strip.keep(kept);
+      kept += kStrip;
     }
     A sums[kOctet];
     load_sums(own, sums);
@@ -376,13 +400,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   // Backwards, to begin with what is still in registers and caches.
-  for (int step = cut.steps - 1; step >= 0; --step) {
-    const int index = index_of(step);
-    if (index >= end) continue;
+  for (int index = (cut.steps - 1) * groups + group; index >= 0; index -= groups) {
+    if (index >= strips) continue;
     if (!plan.held) {
       convolve(index);
-    } else if (step + 1 < cut.steps) {
-      strip.recall(kept + step * kStrip);
+    } else if (index + groups < strips) {
+      kept -= kStrip;
+      strip.recall(kept);
     }
     finish(index);
   }
@@ -394,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 cudaError_t launch_conv_direct(const ConvForward& p, const ConvPlan& plan, cudaStream_t stream) {
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Cut cut(p, plan, sizeof(Accumulation<T>));
+    const Cut cut(p, plan, sizeof(T), sizeof(Accumulation<T>));
     const bool depthwise = p.groups == p.channels && p.groups == p.filters;
     const bool vectors = depthwise && p.channels % kOctet == 0 && reinterpret_cast<uintptr_t>(p.input) % kVectorBytes == 0;
     const auto kernel = vectors ? convolve_groups<T, true> : convolve_groups<T, false>;

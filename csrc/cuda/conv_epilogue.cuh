@@ -83,16 +83,18 @@ class Epilogue {
         aligned_(p.filters % kVector<T> == 0 && is_aligned(p.output) && is_aligned(p.residual) &&
                  is_aligned(p.pre_activation)) {}
 
-  // From z, which has gain and shift already, of the output's pixel `row`, counted over all samples.
+  // From z, which has gain and shift already, of the output's pixel `row`, counted over all samples. `rectified` leaves out
+  // the code of all activations but those: for where it is there several times.
+  template <bool rectified = false>
   __device__ __forceinline__ void store(int64_t row, int filter, int count, A (&z)[kOctet]) const {
     const int64_t first = row * p_.filters + filter;
     const bool whole = aligned_ && count >= kOctet;
     if (p_.residual) add_octet<T>(p_.residual, first, count, whole, z);
-    if (is_smooth(p_.activation)) {
+    if (!rectified && is_smooth(p_.activation)) {
       if (p_.pre_activation) store_octet<T>(p_.pre_activation, first, count, whole, z);
       apply_smooth(z, p_.activation);
     } else {
-      unsigned bits = is_rectified(p_.activation) ? rectifier_(z) : piecewise_(z);
+      unsigned bits = rectified || is_rectified(p_.activation) ? rectifier_(z) : piecewise_(z);
       if (count < kOctet) bits &= (1u << count) - 1;
       if (p_.bits) p_.bits[row * bits_row_ + filter / 8] = static_cast<uint8_t>(bits);
     }
