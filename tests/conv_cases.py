@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -37,6 +38,12 @@ class Case(NamedTuple):
     def geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
         """Stride, padding, dilation and groups."""
         return self.each("stride"), self.each("padding"), self.each("dilation"), self.groups
+
+    @property
+    def pixels(self) -> int:
+        """Of a map of the output."""
+        axes = zip(self.size, *map(self.each, ("kernel", "stride", "padding", "dilation")))
+        return math.prod((n + 2 * padding - d * (k - 1) - 1) // s + 1 for n, k, s, padding, d in axes)
 
     @property
     def is_direct(self) -> bool:

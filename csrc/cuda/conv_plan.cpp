@@ -56,6 +56,9 @@ const std::array<Algorithm, 6>& algorithms() {
 }
 
 std::optional<std::string> why_not(const Algorithm& algorithm, const ConvCase& c, const Device& device) {
+  if (algorithm.way == Way::two_passes) return {};
+  if (!c.channels_innermost) return "the maps are not in channels_last";
+  if (c.rows() * c.filters * c.input_pixels() * c.group_channels() == 0) return "there is nothing to compute";
   if (algorithm.held && !c.centred) return "nothing is centred, so no means are taken";
   switch (algorithm.way) {
     case Way::sm90: return why_not_sm90(c, device, algorithm.held);
