@@ -13,14 +13,15 @@ constexpr int64_t kMostPixels = (int64_t{1} << 31) - (1 << 16);
 // Of one axis with its padding, and of what a kernel or the strides reach over.
 constexpr int64_t kLongestAxis = int64_t{1} << 30;
 constexpr int64_t kMostTaps = 4096;
+constexpr int64_t kMostElements = int64_t{1} << 28;
 
-// Taken for granted where a data sheet says nothing: the second-level cache gives a multiprocessor a quarter of what
-// the first does, and memory answers after a microsecond.
+// Assumed where no data sheet says it: the second-level cache gives a multiprocessor a quarter of what the first does,
+// and memory answers after a microsecond.
 constexpr double kSecondLevel = 0.25;
 constexpr double kLatency = 1e-6;
 
 // Counted, for each element that is not loaded in a vector.
-constexpr int kElementInstructions = 18;
+constexpr int kElementInstructions = 17;
 
 int size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
@@ -110,17 +111,20 @@ std::optional<std::string> why_no_weight_grad(const ConvCase& c, const Device& d
   if (device.capability < 80) return "the GPU is older than compute capability 8.0";
   if (c.groups > 1 && c.group_filters() % 8 != 0) return "groups have filters that are no multiple of 8";
   if (c.rows() * c.filters == 0 || c.samples * c.input_pixels() * c.channels == 0) return "there is nothing to compute";
+  if (std::max({c.channels, c.filters, c.windows.taps() * c.group_channels()}) > kMostElements) {
+    return "a pixel or a filter has more than " + std::to_string(kMostElements) + " elements";
+  }
   if (c.windows.taps() > kMostTaps) return "the kernel has more than " + std::to_string(kMostTaps) + " taps";
   if (std::max(c.rows(), c.samples * c.input_pixels()) > kMostPixels) {
     return "input or output have more than " + std::to_string(kMostPixels) + " pixels";
   }
   for (int d = 0; d < 3; ++d) {
     const Windows& w = c.windows;
-    const int64_t longest = std::max({w.size[d] + 2 * w.padding[d], w.output[d] * w.stride[d], w.kernel[d] * w.dilation[d]});
+    const int64_t longest =
+        std::max({w.size[d] + 2 * w.padding[d], w.output[d] * w.stride[d], w.kernel[d] * w.dilation[d]});
     if (longest > kLongestAxis) return "a padded axis is longer than " + std::to_string(kLongestAxis) + " pixels";
   }
-  const Tile& smallest = kTiles[std::size(kTiles) - 1];
-  if (device.shared_memory < std::max(shared_of(smallest.rows, smallest.columns), kFinishedBytes)) {
+  if (device.shared_memory < std::max(shared_of(kSmallest.rows, kSmallest.columns), kFinishedBytes)) {
     return "the GPU has too little shared memory for a tile";
   }
   return std::nullopt;
@@ -130,8 +134,9 @@ WeightGradPlan plan_weight_grad(const ConvCase& c, const Device& device) {
   const Model model(c, device);
   WeightGradPlan best{};
   for (const Tile& tile : kTiles) {
-    const bool last = &tile == kTiles + std::size(kTiles) - 1;
-    if (!last && (!(model.vector_rows() && model.vector_columns()) || shared_of(tile.rows, tile.columns) > device.shared_memory)) continue;
+    const bool smallest = tile.rows == kSmallest.rows && tile.columns == kSmallest.columns;
+    const bool vectors = model.vector_rows() && model.vector_columns();
+    if (!smallest && (!vectors || shared_of(tile.rows, tile.columns) > device.shared_memory)) continue;
     const WeightGradPlan plan = model.plan(tile);
     if (best.blocks == 0 || plan.seconds < best.seconds) best = plan;
   }

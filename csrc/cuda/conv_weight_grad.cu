@@ -2,15 +2,17 @@
 //
 //   dw'[o, tap, c] = sum over the pixels m of the output of grad_output[m, o] * input[row(m, tap), c]
 //
-// It is a product of matrices: its rows are the filters of a group, its columns the (tap, channel) side by side, and the sum
-// runs over the pixels. Both operands lie in memory as pixels of neighbouring elements, and so they are brought on chip,
-// sixteen bytes at a time; ldmatrix turns them round, TF32 is read as the tensor cores want it. A thread's sixteen bytes of a
-// tile's columns have one tap and one channel; the pixels that this tap sees are walked without a division.
+// It is a product of matrices: its rows are the filters of a group, its columns the (tap, channel) side by side, and
+// the sum runs over the pixels. Both operands lie in memory as pixels of neighbouring elements, and so they are
+// brought on chip, sixteen bytes at a time; ldmatrix turns them round, TF32 is read as the tensor cores want it. No
+// two accesses of a warp meet in a bank. A thread's sixteen bytes of a tile's columns have one tap and one channel;
+// the pixels that this tap sees are walked without a division.
 //
-// The pixels are split among blocks until the GPU is full. Each writes its sums as floats, and a second kernel adds them
-// in one order, so that nothing depends on which block comes first. Moved: gradient and input once from memory, since
-// the tiles of one split run together and share them in the cache, where each row of tiles reads the input anew and each
-// column the gradient; the sums are written and read once, the result written, the weight read where dgain is wanted.
+// The pixels are split among blocks until the GPU is full. Each block writes its sums as floats, and a second kernel
+// adds them in one order, so that nothing depends on which block comes first. Moved: gradient and input once from
+// memory (the tiles of one split run together and share them in the second-level cache, from which each row of tiles
+// reads the input and each column of tiles the gradient), the sums out and in, the result out, the weight in where
+// dgain is wanted.
 
 #include <algorithm>
 
@@ -170,7 +172,9 @@ struct Input {
         pitch(job.input_pitch),
         position(job.path, pixel, column / job.group_channels) {}
 
-  __device__ __forceinline__ const void* address() const { return base + int64_t(static_cast<int>(position.row)) * pitch; }
+  __device__ __forceinline__ const void* address() const {
+    return base + int64_t(static_cast<int>(position.row)) * pitch;
+  }
   __device__ __forceinline__ bool there() const { return position.inside(path); }
   __device__ __forceinline__ void next() { position.advance(path); }
 
@@ -202,8 +206,8 @@ struct Input {
   }
 };
 
-// An operand's part of a stage: kStepBytes of each of `width` elements, pixel by pixel. Vectors lie so that neither those of
-// one pixel nor those of neighbouring pixels that are loaded together meet in a bank.
+// An operand's part of a stage: kStepBytes of each of `width` elements, pixel by pixel. Vectors lie so that neither
+// those of one pixel nor those of neighbouring pixels that are read together meet in a bank.
 template <class T, int width>
 struct Operand {
   static constexpr int kPixels = kStepBytes / sizeof(T);
@@ -217,8 +221,8 @@ struct Operand {
   }
 };
 
-// A thread's share of an operand: one vector of every n-th pixel, where the block takes n at a time; or else one element of
-// all pixels.
+// A thread's share of an operand: one vector of every n-th pixel, where the block takes n at a time; or else one
+// element of all pixels.
 template <class T, int width, int threads>
 struct Share {
   using Of = Operand<T, width>;
@@ -266,8 +270,8 @@ struct Share {
   }
 };
 
-// The tile of one warp, in products of 16 rows and 8 columns. Of TF32, which ldmatrix does not turn round, a thread reads
-// two neighbouring filters at once, and so those are rows g and g + 8 of a product.
+// The tile of one warp, in products of 16 rows and 8 columns. Of TF32, which ldmatrix does not turn round, a thread
+// reads two neighbouring filters at once, and so those are rows g and g + 8 of a product.
 template <class T, int rows, int columns>
 class WarpTile {
   using A = Operand<T, rows>;
@@ -287,7 +291,9 @@ class WarpTile {
 #pragma unroll
       for (int i = 0; i < 2; ++i) a_[i] = A::byte_of(thread, row_vector + 4 * i + group / 2) + group % 2 * 8;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) b_[j] = A::kBytes + B::byte_of(thread, column_vector + 2 * j + group / 4) + group % 4 * 4;
+      for (int j = 0; j < 4; ++j) {
+        b_[j] = A::kBytes + B::byte_of(thread, column_vector + 2 * j + group / 4) + group % 4 * 4;
+      }
     } else {
       // Matrices of eight pixels and eight elements: of rows the elements first, of columns the pixels first.
       const int matrix = lane / 8, pixel = lane % 8;
@@ -310,7 +316,8 @@ class WarpTile {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i) {
-            const uint2 pair = *reinterpret_cast<const uint2*>(of_rows + a_[i % 2] + i / 2 * 128 + half * 4 * A::kRowBytes);
+            const unsigned char* words = of_rows + a_[i % 2] + i / 2 * 128 + half * 4 * A::kRowBytes;
+            const uint2 pair = *reinterpret_cast<const uint2*>(words);
             a[i][2 * half] = round_to_tf32(pair.x), a[i][2 * half + 1] = round_to_tf32(pair.y);
           }
 #pragma unroll
@@ -431,21 +438,50 @@ __global__ void __launch_bounds__(threads_of(rows, columns), resident_of(rows, c
   tile.store(to, job.length, rows_left, columns_left);
 }
 
-// How one filter's sums are finished.
+// How one filter's sums are finished, by one block.
 struct Finish {
   int splits, filters, channels, taps;
-  int chunk;  // channels on chip at a time
-  int teams;  // of threads, each adding some of the splits
-  int width;  // threads side by side along the channels
+  bool vectors;  // of sums, aligned
+  int chunk;     // channels on chip at a time
+  int teams;     // of threads, each of which adds some of the splits
+  int members;   // threads of a team
+  int width;     // threads side by side along the channels
 };
 
+// Filters are few, so each block must have much under way.
+constexpr int kFinishThreads = 512;
+
+// totals[i] = the sum of n neighbours each of `splits` arrays that lie `pitch` apart.
+template <int n>
+__device__ __forceinline__ void add_splits(const float* from, int64_t pitch, int splits, float* totals) {
+  float total[n] = {};
+  for (int split = 0; split < splits; split += kBatch) {
+    float parts[kBatch][n];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) parts[k][i] = 0;
+      if (split + k < splits) load_constant<n>(from + (split + k) * pitch, parts[k]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      total[i] += ((parts[0][i] + parts[1][i]) + (parts[2][i] + parts[3][i])) +
+                  ((parts[4][i] + parts[5][i]) + (parts[6][i] + parts[7][i]));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) totals[i] = total[i];
+}
+
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFinishThreads, 2)
     finish(const __grid_constant__ ConvWeightGrad p, const __grid_constant__ Finish job) {
   const int64_t length = int64_t(job.taps) * job.channels, of_filter = blockIdx.x * length;
   const int64_t of_split = job.filters * length;
-  const int team = threadIdx.x / (kThreads / job.teams), member = threadIdx.x % (kThreads / job.teams);
-  const int column = threadIdx.x % job.width, first_tap = threadIdx.x / job.width, taps_apart = kThreads / job.width;
+  const int team = threadIdx.x / job.members, member = threadIdx.x % job.members;
+  const int of_team = (job.splits - team + job.teams - 1) / job.teams;
+  const int column = threadIdx.x % job.width;
+  const int first_tap = threadIdx.x / job.width, taps_apart = kFinishThreads / job.width;
   const float factor = p.factor ? static_cast<const float*>(p.factor)[blockIdx.x] : 1.0f;
   const float projection = job.taps > 1 ? static_cast<float>(p.projection) / static_cast<float>(job.taps) : 0.0f;
   const T* weight = static_cast<const T*>(p.weight) + of_filter;
@@ -456,26 +492,24 @@ __global__ void __launch_bounds__(kThreads)
     // As rows that are adjacent in memory: all of it, or of each tap the channels of this round.
     const int channels = min(job.chunk, job.channels - begin), elements = job.taps * channels;
     const int rows = channels == job.channels ? 1 : job.taps, run = elements / rows;
-    for (int row = 0; row < rows; ++row) {
-      const float* from = static_cast<const float*>(p.workspace) + of_filter + int64_t(row) * job.channels + begin;
-      for (int e = member; e < run; e += kThreads / job.teams) {
-        float sum = 0;
-        for (int split = team; split < job.splits; split += kBatch * job.teams) {
-          float parts[kBatch];
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            const int s = split + k * job.teams;
-            parts[k] = s < job.splits ? __ldg(from + s * of_split + e) : 0.0f;
-          }
-          sum += ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+    for (int row = 0; team < job.teams && row < rows; ++row) {
+      const float* from = static_cast<const float*>(p.workspace) + team * of_split + of_filter +
+                          int64_t(row) * job.channels + begin;
+      float* to = sums + team * elements + row * run;
+      if (job.vectors) {
+        for (int e = 4 * member; e < run; e += 4 * job.members) {
+          add_splits<4>(from + e, job.teams * of_split, of_team, to + e);
         }
-        sums[team * elements + row * run + e] = sum;
+      } else {
+        for (int e = member; e < run; e += job.members) add_splits<1>(from + e, job.teams * of_split, of_team, to + e);
       }
     }
     __syncthreads();
     if (job.teams > 1) {
-      for (int e = threadIdx.x; e < elements; e += kThreads) {
-        for (int t = 1; t < job.teams; ++t) sums[e] += sums[t * elements + e];
+      for (int e = threadIdx.x; e < elements; e += kFinishThreads) {
+        float total = sums[e];
+        for (int t = 1; t < job.teams; ++t) total += sums[t * elements + e];
+        sums[e] = total;
       }
       __syncthreads();
     }
@@ -502,7 +536,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x) return;
   float total = 0;
-  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
+  for (int warp = 0; warp < kFinishThreads / 32; ++warp) total += sums[warp];
   static_cast<float*>(p.dots)[blockIdx.x] = total;
 }
 
@@ -513,23 +547,28 @@ cudaError_t launch_finish(const ConvWeightGrad& p, const WeightGradPlan& plan, c
   job.filters = static_cast<int>(p.filters);
   job.channels = static_cast<int>(p.group_channels());
   job.taps = static_cast<int>(p.windows.taps());
-  constexpr int64_t kMost = kFinishedBytes / sizeof(float);
-  job.chunk = static_cast<int>(std::min<int64_t>(job.channels, kMost / job.taps));
-  // Whole lines where there are several rounds.
-  if (job.chunk < job.channels && job.chunk > 32) job.chunk -= job.chunk % 32;
-  const int64_t elements = int64_t(job.chunk) * job.taps;
-  job.teams = 1;
-  while (2 * job.teams * elements <= kThreads && 2 * job.teams <= job.splits) job.teams *= 2;
+  constexpr int kMost = kFinishedBytes / sizeof(float);
+  job.chunk = std::min(job.channels, kMost / job.taps);
+  // Whole lines, or at least vectors, where there are several rounds.
+  const int unit = job.chunk >= 32 ? 32 : job.chunk >= 4 ? 4 : 1;
+  const bool whole = job.chunk == job.channels;
+  if (!whole) job.chunk -= job.chunk % unit;
+  const int elements = job.chunk * job.taps;
+  job.vectors = whole ? elements % 4 == 0 : job.channels % 4 == 0 && job.chunk % 4 == 0;
+  const int accesses = static_cast<int>(ceil_divide(elements, job.vectors ? 4 : 1));
+  job.members = static_cast<int>(std::min<int64_t>(ceil_divide(accesses, 32) * 32, kFinishThreads));
+  job.teams = std::min(kFinishThreads / job.members, job.splits);
   job.width = 1;
-  while (job.width < kThreads && job.width < job.chunk) job.width *= 2;
-  const int64_t shared = std::max<int64_t>(job.teams * elements, kWarps) * int64_t(sizeof(float));
-  return launch(finish<T>, p.filters, kThreads, shared, 1, stream, p, job);
+  while (job.width < kFinishThreads && job.width < job.chunk) job.width *= 2;
+  const int64_t shared = std::max<int64_t>(job.teams * elements, kFinishThreads / 32) * int64_t(sizeof(float));
+  return launch(finish<T>, p.filters, kFinishThreads, shared, 1, stream, p, job);
 }
 
 template <class T>
 cudaError_t run(const ConvWeightGrad& p, const WeightGradPlan& plan, cudaStream_t stream) {
   const auto whole_vectors = [](const void* tensor, int64_t row, int64_t of_group) {
-    return reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0 && row % kVector<T> == 0 && of_group % kVector<T> == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0;
+    return aligned && row % kVector<T> == 0 && of_group % kVector<T> == 0;
   };
   const bool vector_rows = whole_vectors(p.grad_output, p.filters, p.group_filters());
   const bool vector_columns = whole_vectors(p.input, p.channels, p.group_channels());
