@@ -1,16 +1,17 @@
-// conv_center in one pass on tensor cores of sm_80 and up: an implicit matrix product with the whole layer in its epilogue.
+// conv_center in one pass on tensor cores of sm_80 and up: an implicit matrix product with the whole layer in its
+// epilogue.
 //
-// Rows are the output's pixels of all samples, columns the filters of a group, and what is summed over is (tap, channel).
-// The input is read from memory once if the caches keep what taps and neighbouring columns share, the weights once, the
-// residual once; the output and one bit an element are written once. Means of maps that fit a tile are taken from the sums
-// (`held`), others are known before. Where tiles are too few for the GPU the sum is split, and a second launch adds the
-// parts from the workspace: then that one takes the means.
+// Rows are the output's pixels of all samples, columns the filters of a group, and what is summed over is (tap,
+// channel). The input is read from memory once if the caches keep what taps and neighbouring columns share, the weights
+// once, the residual once; the output and one bit an element are written once. Means of maps that fit a tile are taken
+// from the sums (`held`), others are known before. Where tiles are too few for the GPU the sum is split, and a second
+// launch adds the parts from the workspace: then that one takes the means.
 //
-// A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in each,
-// swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps an offset of 32 bits, where the first
-// tap sees the input, and a word that tells which taps miss it; how far ahead a tap is, and its bits, are the same for all.
-// So a chunk costs three instructions, and no division. Channels that are no multiple of 16 bytes, and tensors that are not
-// aligned, come element by element, with taps sharing a step.
+// A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in
+// each, swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps an offset of 32 bits, where
+// the first tap sees the input, and a word that tells which taps miss it; how far ahead a tap is, and its bits, are the
+// same for all. So a chunk takes a handful of instructions, and no division. Channels that are no multiple of 16 bytes,
+// and tensors that are not aligned, come element by element, with taps sharing a step.
 
 #include "conv_epilogue.cuh"
 #include "conv_tiles.h"
@@ -65,7 +66,7 @@ struct Place {
 };
 
 // What the taps see of the input at one row of the product.
-struct Row {
+struct alignas(kConvRowBytes) Row {
   int pixel;         // the first tap's, of the whole input; it may lie in front
   unsigned missing;  // bits of the taps that are beside the input
 };
@@ -107,7 +108,8 @@ class Vectors {
   static constexpr int kRowsOfThread = rows / kRowsApart, kColumnsOfThread = columns / kRowsApart;
 
  public:
-  __device__ __forceinline__ Vectors(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
+  __device__ __forceinline__ Vectors(const ConvForward& p, const Job& job, const Place& place, const Row* table,
+                                     int step)
       : job_(job) {
     const int chunk = threadIdx.x % kStepChunks, first = threadIdx.x / kStepChunks;
     to_ = swizzled(first, chunk);
@@ -196,54 +198,67 @@ class Vectors {
 template <class T, int rows, int columns>
 class Elements {
  public:
-  __device__ __forceinline__ Elements(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
+  __device__ __forceinline__ Elements(const ConvForward& p, const Job& job, const Place& place, const Row* table,
+                                      int step)
       : p_(p), job_(job), place_(place), table_(table), k_(step * kStep) {}
 
   __device__ __forceinline__ void load(unsigned char* stage) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, terms = job_.kernel_plane.by * job_.kernel[0] * job_.channels.by;
-    int64_t ahead[kTogether];
+    const int lane = threadIdx.x % 32, pitch = static_cast<int>(p_.channels);
+    const int terms = job_.kernel_plane.by * job_.kernel[0] * job_.channels.by;
+    const T* input[kTogether];
     unsigned need[kTogether];
     bool exists[kTogether];
 #pragma unroll
     for (int e = 0; e < kTogether; ++e) {
-      const int k = k_ + lane * kTogether + e;
-      exists[e] = k < terms;
+      const int k = min(k_ + lane * kTogether + e, terms - 1);
+      exists[e] = k == k_ + lane * kTogether + e;
       const unsigned tap = job_.channels(k), channel = k - tap * job_.channels.by;
       const unsigned d = job_.kernel_plane(tap), rest = tap - d * job_.kernel_plane.by;
       const unsigned h = job_.kernel_row(rest), w = rest - h * job_.kernel_row.by;
-      const int64_t pixel =
+      const int64_t ahead =
           (int64_t(d * job_.dilation[0]) * job_.size[1] + h * job_.dilation[1]) * job_.size[2] + w * job_.dilation[2];
-      ahead[e] = pixel * p_.channels + channel;
+      input[e] = static_cast<const T*>(p_.input) + ahead * pitch + place_.group * job_.group_channels + channel;
       need[e] = job_.first_bit[0] << d | job_.first_bit[1] << h | job_.first_bit[2] << w | kNoRow;
     }
-    const T* input = static_cast<const T*>(p_.input) + place_.group * job_.group_channels;
-#pragma unroll 4
-    for (int r = warp; r < rows; r += kWarps) {
+    bring<rows>(stage, [&](int r, T(&elements)[kTogether]) {
       const Row row = table_[r];
-      T elements[kTogether];
+      const int64_t offset = int64_t(row.pixel) * pitch;
 #pragma unroll
       for (int e = 0; e < kTogether; ++e) {
-        elements[e] = exists[e] && !(row.missing & need[e]) ? input[row.pixel * p_.channels + ahead[e]] : narrow<T>(0.0f);
+        elements[e] = exists[e] && !(row.missing & need[e]) ? input[e][offset] : narrow<T>(0.0f);
       }
-      memcpy(stage + swizzled(r, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
-    }
-    stage += rows * kStepBytes;
+    });
     const T* weight = static_cast<const T*>(p_.weight) + int64_t(place_.filter) * terms + k_ + lane * kTogether;
-#pragma unroll 4
-    for (int c = warp; c < columns; c += kWarps) {
+    bring<columns>(stage + rows * kStepBytes, [&](int c, T(&elements)[kTogether]) {
       const bool inside = place_.column + c < job_.group_filters;
-      T elements[kTogether];
+      const T* from = weight + int64_t(c) * terms;
 #pragma unroll
-      for (int e = 0; e < kTogether; ++e) {
-        elements[e] = inside && exists[e] ? weight[int64_t(c) * terms + e] : narrow<T>(0.0f);
-      }
-      memcpy(stage + swizzled(c, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
-    }
+      for (int e = 0; e < kTogether; ++e) elements[e] = inside && exists[e] ? from[e] : narrow<T>(0.0f);
+    });
     k_ += kStep;
   }
 
  private:
   static constexpr int kStep = kStepBytes / sizeof(T), kTogether = 4 / sizeof(T);
+
+  // The warp's rows of `count`, some of them under way together.
+  template <int count, class F>
+  __device__ __forceinline__ static void bring(unsigned char* stage, F&& load_row) {
+    constexpr int kRowsTogether = 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int first = warp; first < count; first += kRowsTogether * kWarps) {
+      T elements[kRowsTogether][kTogether];
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) load_row(first + i * kWarps, elements[i]);
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) {
+        unsigned word;
+        memcpy(&word, elements[i], sizeof(word));
+        *reinterpret_cast<unsigned*>(stage + swizzled(first + i * kWarps, lane / 4) + lane % 4 * 4) = word;
+      }
+    }
+  }
 
   const ConvForward& p_;
   const Job& job_;
@@ -263,8 +278,8 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
   }
 }
 
-// A tile's sums in shared memory, `columns` wide. Halves of some octets change places, so that a thread that reads an octet
-// meets no bank conflict.
+// A tile's sums in shared memory, `columns` wide. Halves of some octets change places, so that threads that read an
+// octet each meet no bank conflict.
 template <int columns>
 struct Sums {
   float* base;
@@ -330,8 +345,8 @@ __device__ __forceinline__ void prefetch_residual(const ConvForward& p, const Jo
   }
 }
 
-// The end of a layer for a tile whose sums are in shared memory: `height` rows from `first_row` on, `count` columns from
-// `filter` on. `samples` is how many whole maps it has, if their means are to be taken.
+// The end of a layer for a tile whose sums are in shared memory: `height` rows from `first_row` on, `count` columns
+// from `filter` on. `samples` is how many whole maps it has, if their means are to be taken.
 template <class T, int columns>
 __device__ __forceinline__ void finish(const ConvForward& p, const Job& job, const Sums<columns>& sums, float* shifts,
                                        int first_row, int height, int samples, int filter, int count) {
@@ -373,7 +388,7 @@ __device__ __forceinline__ void finish(const ConvForward& p, const Job& job, con
 }
 
 template <class T, int tile, bool vectors>
-__global__ void __launch_bounds__(kThreads, kConvTiles[tile].resident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kConvTiles[tile], vectors))
     convolve(const __grid_constant__ ConvForward p, const __grid_constant__ Job job) {
   constexpr ConvTile kTile = kConvTiles[tile];
   constexpr int kRows = kTile.rows, kColumns = kTile.columns, kStageBytes = bytes_of_stage(kTile);
@@ -450,17 +465,19 @@ __global__ void __launch_bounds__(kThreads, kConvTiles[tile].resident)
 // Adds up the splits, always in the same order, and ends the layer.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    join(const __grid_constant__ ConvForward p, const __grid_constant__ Job job, const int splits, const int tile_columns) {
+    join(const __grid_constant__ ConvForward p, const __grid_constant__ Job job, const int splits,
+         const int tile_columns) {
   const unsigned blocks_across = unsigned(job.split_pitch) / kJoinedColumns;
   const int first_row = static_cast<int>(blockIdx.x / blocks_across) * job.height;
-  const int across = static_cast<int>(blockIdx.x % blocks_across) * kJoinedColumns, of_group = job.column_tiles * tile_columns;
-  const int group = across / of_group, column = across % of_group;
+  const int across = static_cast<int>(blockIdx.x % blocks_across) * kJoinedColumns;
+  const int of_group = job.column_tiles * tile_columns, group = across / of_group, column = across % of_group;
   const Sums<kJoinedColumns> sums{reinterpret_cast<float*>(dynamic_shared())};
   constexpr int kQuads = kJoinedColumns / 4;
   const int64_t stride = int64_t(job.rows) * job.split_pitch;
   for (int r = threadIdx.x / kQuads; r < job.height && first_row + r < job.rows; r += kThreads / kQuads) {
     const int quad = threadIdx.x % kQuads * 4;
-    const float* from = static_cast<const float*>(p.workspace) + int64_t(first_row + r) * job.split_pitch + across + quad;
+    const float* from =
+        static_cast<const float*>(p.workspace) + int64_t(first_row + r) * job.split_pitch + across + quad;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
     for (int split = 0; split < splits; ++split) {
