@@ -35,8 +35,7 @@ class Planner {
     bytes_ = ceilings.bytes;
     clock_ = ceilings.cached / (kSharedBytes * device.processors);
     operations_ = ceilings.operations * ceilings.mma_sync / device.processors / clock_ * 2 / size_;
-    const int64_t step = kConvStepBytes / size_, taps = c.windows.taps();
-    steps_ = vectors_ ? taps * ceil_divide(c.group_channels(), step) : ceil_divide(taps * c.group_channels(), step);
+    steps_ = ceil_divide(c.windows.taps() * c.group_channels() * size_, kConvStepBytes);
   }
 
   // blocks == 0 if there is none.
