@@ -1,16 +1,17 @@
-// conv_center in one pass on tensor cores of sm_80 and up: an implicit matrix product with the whole layer in its epilogue.
+// conv_center in one pass on tensor cores of sm_80 and up: an implicit matrix product with the whole layer in its
+// epilogue.
 //
-// Rows are the output's pixels of all samples, columns the filters of a group, and what is summed over is (tap, channel).
-// The input is read from memory once if the caches keep what taps and neighbouring columns share, the weights once, the
-// residual once; the output and one bit an element are written once. Means of maps that fit a tile are taken from the sums
-// (`held`), others are known before. Where tiles are too few for the GPU the sum is split, and a second launch adds the
-// parts from the workspace: then that one takes the means.
+// Rows are the output's pixels of all samples, columns the filters of a group, and what is summed over is (tap,
+// channel). The input is read from memory once if the caches keep what taps and neighbouring columns share, the weights
+// once, the residual once; the output and one bit an element are written once. Means of maps that fit a tile are taken
+// from the sums (`held`), others are known before. Where tiles are too few for the GPU the sum is split, and a second
+// launch adds the parts from the workspace: then that one takes the means.
 //
-// A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in each,
-// swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps an offset of 32 bits, where the first
-// tap sees the input, and a word that tells which taps miss it; how far ahead a tap is, and its bits, are the same for all.
-// So a chunk costs three instructions, and no division. Channels that are no multiple of 16 bytes, and tensors that are not
-// aligned, come element by element, with taps sharing a step.
+// A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in
+// each, swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps where the first tap sees the
+// input, an offset of 32 bits, and a word that tells which taps miss it. A step's tap, how far ahead it is and its bit
+// are found once for all of them. Taps share a step, so any number of chunks fills it. Channels that are no multiple of
+// 16 bytes, and tensors that are not aligned, come element by element.
 
 #include "conv_epilogue.cuh"
 #include "conv_tiles.h"
@@ -29,20 +30,18 @@ constexpr unsigned kBand = 8;
 constexpr unsigned kNoRow = 1u << 31;
 
 struct Job {
-  Divisor pixels, plane, width;                // of the output
-  Divisor channels, kernel_plane, kernel_row;  // of a group; of the kernel
+  Divisor pixels, plane, width;           // of the output
+  Divisor run, kernel_plane, kernel_row;  // terms of a tap; taps
   int size[3], kernel[3], stride[3], padding[3], dilation[3];
   unsigned first_bit[3];  // of a dimension's taps; 0: it is not padded
-  int rows, group_channels, group_filters;
+  int rows, group_filters;
+  int terms;  // of a sum: chunks of 16 bytes, or elements
   unsigned row_tiles, column_tiles, groups;
   int height;   // rows of a tile that are used
   int samples;  // whole maps of a tile if it takes their means
   int stages, steps, steps_of_split;
   int split_pitch;  // of the workspace, (splits, rows, columns of all tiles); 0: the sum is not split
-  // In chunks of 16 bytes.
-  int input_pitch, group_pitch, weight_pitch;
-  // In bytes, what leads from behind the last channel or tap of a line to the next tap, line or plane.
-  int64_t next_tap, next_line, next_plane, next_weights;
+  int input_pitch;  // terms from one pixel of the input to the next
 };
 
 // The block's tile.
@@ -65,7 +64,7 @@ struct Place {
 };
 
 // What the taps see of the input at one row of the product.
-struct Row {
+struct alignas(kConvRowBytes) Row {
   int pixel;         // the first tap's, of the whole input; it may lie in front
   unsigned missing;  // bits of the taps that are beside the input
 };
@@ -100,95 +99,74 @@ __device__ __forceinline__ void make_table(const Job& job, const Place& place, i
   __syncthreads();
 }
 
-// Brings the steps of the sum on chip one after another, in whole vectors: taps, and the channels of each.
+// One term of the sum.
+struct Term {
+  int ahead;      // of what the first tap sees, in pixels
+  int within;     // its tap's run
+  unsigned need;  // bits that must not be missing
+  bool exists;
+
+  __device__ __forceinline__ Term(const Job& job, int k) : exists(k < job.terms) {
+    const unsigned at = min(k, job.terms - 1), tap = job.run(at);
+    within = at - tap * job.run.by;
+    const unsigned d = job.kernel_plane(tap), in_plane = tap - d * job.kernel_plane.by;
+    const unsigned h = job.kernel_row(in_plane), w = in_plane - h * job.kernel_row.by;
+    ahead = (d * job.dilation[0] * job.size[1] + h * job.dilation[1]) * job.size[2] + w * job.dilation[2];
+    need = job.first_bit[0] << d | job.first_bit[1] << h | job.first_bit[2] << w | kNoRow;
+  }
+};
+
+// Brings the steps of the sum on chip one after another. A term is a chunk of 16 bytes.
 template <class T, int rows, int columns>
 class Vectors {
-  static constexpr int kRowsApart = kThreads / kStepChunks;
-  static constexpr int kRowsOfThread = rows / kRowsApart, kColumnsOfThread = columns / kRowsApart;
-
  public:
-  __device__ __forceinline__ Vectors(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
-      : job_(job) {
+  __device__ __forceinline__ Vectors(const ConvForward& p, const Job& job, const Place& place, const Row* table,
+                                     int step)
+      : p_(p), job_(job) {
     const int chunk = threadIdx.x % kStepChunks, first = threadIdx.x / kStepChunks;
+    k_ = step * kStepChunks + chunk;
     to_ = swizzled(first, chunk);
-    first_channel_ = chunk * kVector<T>;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const Row row = table[first + i * kRowsApart];
-      offset_[i] = row.pixel * job.input_pitch + place.group * job.group_pitch + chunk;
+      offset_[i] = row.pixel * job.input_pitch + place.group * int(job.run.by);
       missing_[i] = row.missing;
     }
-    weight_offset_ = static_cast<int>(unsigned(place.filter + first) * unsigned(job.weight_pitch) + chunk);
+    weight_offset_ = (place.filter + first) * job.terms;
     columns_left_ = job.group_filters - place.column - first;
-    // Once a block: where the split begins.
-    const int steps_of_tap = (job.group_channels + kStep - 1) / kStep, tap = step / steps_of_tap;
-    const int d = tap / (job.kernel[1] * job.kernel[2]);
-    h_ = tap / job.kernel[2] % job.kernel[1];
-    w_ = tap % job.kernel[2];
-    channel_ = step % steps_of_tap * kStep;
-    need_[0] = job.first_bit[0] << d, need_[1] = job.first_bit[1] << h_, need_[2] = job.first_bit[2] << w_;
-    const int64_t ahead =
-        (int64_t(d * job.dilation[0]) * job.size[1] + h_ * job.dilation[1]) * job.size[2] + w_ * job.dilation[2];
-    input_ = static_cast<const unsigned char*>(p.input) + ahead * job.input_pitch * kVectorBytes +
-             channel_ * int64_t(sizeof(T));
-    weight_ = static_cast<const unsigned char*>(p.weight) +
-              (int64_t(tap) * job.group_channels + channel_) * int64_t(sizeof(T));
   }
 
   __device__ __forceinline__ void load(unsigned char* stage) {
-    const bool inside = channel_ + first_channel_ < job_.group_channels;
-    const unsigned need = need_[0] | need_[1] | need_[2] | kNoRow;
+    const Term term(job_, k_);
+    const unsigned char* const input = static_cast<const unsigned char*>(p_.input) +
+                                       int64_t(term.ahead * job_.input_pitch + term.within) * kVectorBytes;
+    const unsigned char* const weight = static_cast<const unsigned char*>(p_.weight) + int64_t(k_) * kVectorBytes;
     unsigned char* to = stage + to_;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, input_ + int64_t(offset_[i]) * kVectorBytes,
-                            inside && !(missing_[i] & need));
+      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, input + int64_t(offset_[i]) * kVectorBytes,
+                            term.exists && !(missing_[i] & term.need));
     }
     to += rows * kStepBytes;
 #pragma unroll
     for (int i = 0; i < kColumnsOfThread; ++i) {
-      const int offset = weight_offset_ + i * kRowsApart * job_.weight_pitch;
-      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, weight_ + int64_t(offset) * kVectorBytes,
-                            inside && i * kRowsApart < columns_left_);
+      const int offset = weight_offset_ + i * kRowsApart * job_.terms;
+      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, weight + int64_t(offset) * kVectorBytes,
+                            term.exists && i * kRowsApart < columns_left_);
     }
-    advance();
+    k_ += kStepChunks;
   }
 
  private:
-  static constexpr int kStep = kStepBytes / sizeof(T);
+  static constexpr int kRowsApart = kThreads / kStepChunks;
+  static constexpr int kRowsOfThread = rows / kRowsApart, kColumnsOfThread = columns / kRowsApart;
 
-  __device__ __forceinline__ void advance() {
-    input_ += kStepBytes;
-    weight_ += kStepBytes;
-    channel_ += kStep;
-    if (channel_ < job_.group_channels) return;
-    channel_ = 0;
-    weight_ += job_.next_weights;
-    input_ += job_.next_tap;
-    need_[2] <<= 1;
-    if (++w_ < job_.kernel[2]) return;
-    w_ = 0;
-    need_[2] = job_.first_bit[2];
-    input_ += job_.next_line;
-    need_[1] <<= 1;
-    if (++h_ < job_.kernel[1]) return;
-    h_ = 0;
-    need_[1] = job_.first_bit[1];
-    input_ += job_.next_plane;
-    need_[0] <<= 1;
-  }
-
+  const ConvForward& p_;
   const Job& job_;
-  // Of the thread: chunks of 16 bytes from where the step's tap and channels begin.
-  int offset_[kRowsOfThread];
+  // In chunks, from the tensor's beginning.
+  int offset_[kRowsOfThread], weight_offset_;
   unsigned missing_[kRowsOfThread];
-  int weight_offset_, columns_left_;
-  int to_, first_channel_;
-  // Of the step.
-  const unsigned char* input_;
-  const unsigned char* weight_;
-  unsigned need_[3];
-  int channel_, h_, w_;
+  int columns_left_, to_, k_;
 };
 
 // The same element by element. A warp has a row at a time and a lane four bytes of it, so that neighbours in memory are
@@ -196,54 +174,62 @@ class Vectors {
 template <class T, int rows, int columns>
 class Elements {
  public:
-  __device__ __forceinline__ Elements(const ConvForward& p, const Job& job, const Place& place, const Row* table, int step)
+  __device__ __forceinline__ Elements(const ConvForward& p, const Job& job, const Place& place, const Row* table,
+                                      int step)
       : p_(p), job_(job), place_(place), table_(table), k_(step * kStep) {}
 
   __device__ __forceinline__ void load(unsigned char* stage) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, terms = job_.kernel_plane.by * job_.kernel[0] * job_.channels.by;
-    int64_t ahead[kTogether];
+    const int lane = threadIdx.x % 32;
+    const T* input[kTogether];
     unsigned need[kTogether];
     bool exists[kTogether];
 #pragma unroll
     for (int e = 0; e < kTogether; ++e) {
-      const int k = k_ + lane * kTogether + e;
-      exists[e] = k < terms;
-      const unsigned tap = job_.channels(k), channel = k - tap * job_.channels.by;
-      const unsigned d = job_.kernel_plane(tap), rest = tap - d * job_.kernel_plane.by;
-      const unsigned h = job_.kernel_row(rest), w = rest - h * job_.kernel_row.by;
-      const int64_t pixel =
-          (int64_t(d * job_.dilation[0]) * job_.size[1] + h * job_.dilation[1]) * job_.size[2] + w * job_.dilation[2];
-      ahead[e] = pixel * p_.channels + channel;
-      need[e] = job_.first_bit[0] << d | job_.first_bit[1] << h | job_.first_bit[2] << w | kNoRow;
+      const Term term(job_, k_ + lane * kTogether + e);
+      input[e] = static_cast<const T*>(p_.input) + int64_t(term.ahead) * job_.input_pitch +
+                 place_.group * int(job_.run.by) + term.within;
+      need[e] = term.need;
+      exists[e] = term.exists;
     }
-    const T* input = static_cast<const T*>(p_.input) + place_.group * job_.group_channels;
-#pragma unroll 4
-    for (int r = warp; r < rows; r += kWarps) {
+    bring<rows>(stage, [&](int r, T(&elements)[kTogether]) {
       const Row row = table_[r];
-      T elements[kTogether];
+      const int64_t offset = int64_t(row.pixel) * job_.input_pitch;
 #pragma unroll
       for (int e = 0; e < kTogether; ++e) {
-        elements[e] = exists[e] && !(row.missing & need[e]) ? input[row.pixel * p_.channels + ahead[e]] : narrow<T>(0.0f);
+        elements[e] = exists[e] && !(row.missing & need[e]) ? input[e][offset] : narrow<T>(0.0f);
       }
-      memcpy(stage + swizzled(r, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
-    }
-    stage += rows * kStepBytes;
-    const T* weight = static_cast<const T*>(p_.weight) + int64_t(place_.filter) * terms + k_ + lane * kTogether;
-#pragma unroll 4
-    for (int c = warp; c < columns; c += kWarps) {
+    });
+    const T* weight = static_cast<const T*>(p_.weight) + int64_t(place_.filter) * job_.terms + k_ + lane * kTogether;
+    bring<columns>(stage + rows * kStepBytes, [&](int c, T(&elements)[kTogether]) {
       const bool inside = place_.column + c < job_.group_filters;
-      T elements[kTogether];
+      const T* from = weight + int64_t(c) * job_.terms;
 #pragma unroll
-      for (int e = 0; e < kTogether; ++e) {
-        elements[e] = inside && exists[e] ? weight[int64_t(c) * terms + e] : narrow<T>(0.0f);
-      }
-      memcpy(stage + swizzled(c, lane / 4) + lane % 4 * 4, elements, sizeof(elements));
-    }
+      for (int e = 0; e < kTogether; ++e) elements[e] = inside && exists[e] ? from[e] : narrow<T>(0.0f);
+    });
     k_ += kStep;
   }
 
  private:
   static constexpr int kStep = kStepBytes / sizeof(T), kTogether = 4 / sizeof(T);
+
+  // The warp's rows of `count`, some of them under way together.
+  template <int count, class F>
+  __device__ __forceinline__ static void bring(unsigned char* stage, F&& load_row) {
+    constexpr int kRowsTogether = 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int first = warp; first < count; first += kRowsTogether * kWarps) {
+      T elements[kRowsTogether][kTogether];
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) load_row(first + i * kWarps, elements[i]);
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) {
+        unsigned word;
+        memcpy(&word, elements[i], sizeof(word));
+        *reinterpret_cast<unsigned*>(stage + swizzled(first + i * kWarps, lane / 4) + lane % 4 * 4) = word;
+      }
+    }
+  }
 
   const ConvForward& p_;
   const Job& job_;
@@ -263,8 +249,8 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
   }
 }
 
-// A tile's sums in shared memory, `columns` wide. Halves of some octets change places, so that a thread that reads an octet
-// meets no bank conflict.
+// A tile's sums in shared memory, `columns` wide. Halves of some octets change places, so that threads that read an
+// octet each meet no bank conflict.
 template <int columns>
 struct Sums {
   float* base;
@@ -330,8 +316,8 @@ __device__ __forceinline__ void prefetch_residual(const ConvForward& p, const Jo
   }
 }
 
-// The end of a layer for a tile whose sums are in shared memory: `height` rows from `first_row` on, `count` columns from
-// `filter` on. `samples` is how many whole maps it has, if their means are to be taken.
+// The end of a layer for a tile whose sums are in shared memory: `height` rows from `first_row` on, `count` columns
+// from `filter` on. `samples` is how many whole maps it has, if their means are to be taken.
 template <class T, int columns>
 __device__ __forceinline__ void finish(const ConvForward& p, const Job& job, const Sums<columns>& sums, float* shifts,
                                        int first_row, int height, int samples, int filter, int count) {
@@ -373,7 +359,7 @@ __device__ __forceinline__ void finish(const ConvForward& p, const Job& job, con
 }
 
 template <class T, int tile, bool vectors>
-__global__ void __launch_bounds__(kThreads, kConvTiles[tile].resident)
+__global__ void __launch_bounds__(kThreads, resident_blocks(kConvTiles[tile], vectors))
     convolve(const __grid_constant__ ConvForward p, const __grid_constant__ Job job) {
   constexpr ConvTile kTile = kConvTiles[tile];
   constexpr int kRows = kTile.rows, kColumns = kTile.columns, kStageBytes = bytes_of_stage(kTile);
@@ -450,17 +436,19 @@ __global__ void __launch_bounds__(kThreads, kConvTiles[tile].resident)
 // Adds up the splits, always in the same order, and ends the layer.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    join(const __grid_constant__ ConvForward p, const __grid_constant__ Job job, const int splits, const int tile_columns) {
+    join(const __grid_constant__ ConvForward p, const __grid_constant__ Job job, const int splits,
+         const int tile_columns) {
   const unsigned blocks_across = unsigned(job.split_pitch) / kJoinedColumns;
   const int first_row = static_cast<int>(blockIdx.x / blocks_across) * job.height;
-  const int across = static_cast<int>(blockIdx.x % blocks_across) * kJoinedColumns, of_group = job.column_tiles * tile_columns;
-  const int group = across / of_group, column = across % of_group;
+  const int across = static_cast<int>(blockIdx.x % blocks_across) * kJoinedColumns;
+  const int of_group = job.column_tiles * tile_columns, group = across / of_group, column = across % of_group;
   const Sums<kJoinedColumns> sums{reinterpret_cast<float*>(dynamic_shared())};
   constexpr int kQuads = kJoinedColumns / 4;
   const int64_t stride = int64_t(job.rows) * job.split_pitch;
   for (int r = threadIdx.x / kQuads; r < job.height && first_row + r < job.rows; r += kThreads / kQuads) {
     const int quad = threadIdx.x % kQuads * 4;
-    const float* from = static_cast<const float*>(p.workspace) + int64_t(first_row + r) * job.split_pitch + across + quad;
+    const float* from =
+        static_cast<const float*>(p.workspace) + int64_t(first_row + r) * job.split_pitch + across + quad;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
     for (int split = 0; split < splits; ++split) {
@@ -493,7 +481,6 @@ Job job_of(const ConvForward& p, const ConvPlan& plan, bool vectors, int size) {
   job.pixels = Divisor(p.pixels());
   job.plane = Divisor(w.output[1] * w.output[2]);
   job.width = Divisor(w.output[2]);
-  job.channels = Divisor(p.group_channels());
   job.kernel_plane = Divisor(w.kernel[1] * w.kernel[2]);
   job.kernel_row = Divisor(w.kernel[2]);
   for (int d = 0, bit = 0; d < 3; ++d) {
@@ -507,24 +494,17 @@ Job job_of(const ConvForward& p, const ConvPlan& plan, bool vectors, int size) {
     bit += job.kernel[d];
   }
   job.rows = static_cast<int>(p.samples * p.pixels());
-  job.group_channels = static_cast<int>(p.group_channels());
   job.group_filters = static_cast<int>(p.group_filters());
   job.groups = static_cast<unsigned>(p.groups);
   job.height = plan.used;
   job.samples = plan.held && p.map_mean ? plan.samples : 0;
   job.stages = plan.stages;
-  const int64_t step = kStepBytes / size, steps_of_tap = ceil_divide(p.group_channels(), step);
-  const int64_t terms = w.taps() * p.group_channels();
-  job.steps = static_cast<int>(vectors ? w.taps() * steps_of_tap : ceil_divide(terms, step));
+  const int64_t elements = vectors ? kVectorBytes / size : 1;  // of a term
+  job.run = Divisor(p.group_channels() / elements);
+  job.terms = static_cast<int>(w.taps() * p.group_channels() / elements);
+  job.input_pitch = static_cast<int>(p.channels / elements);
+  job.steps = static_cast<int>(ceil_divide(w.taps() * p.group_channels() * size, kStepBytes));
   job.steps_of_split = static_cast<int>(ceil_divide(job.steps, plan.splits));
-  const int64_t pixel = p.channels * size, of_step = steps_of_tap * kStepBytes;
-  job.input_pitch = static_cast<int>(pixel / kVectorBytes);
-  job.group_pitch = static_cast<int>(p.group_channels() * size / kVectorBytes);
-  job.weight_pitch = static_cast<int>(terms * size / kVectorBytes);
-  job.next_tap = w.dilation[2] * pixel - of_step;
-  job.next_line = (w.dilation[1] * w.size[2] - w.kernel[2] * w.dilation[2]) * pixel;
-  job.next_plane = (w.dilation[0] * w.size[1] - w.kernel[1] * w.dilation[1]) * w.size[2] * pixel;
-  job.next_weights = p.group_channels() * size - of_step;
   return job;
 }
 

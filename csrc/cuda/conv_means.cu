@@ -1,12 +1,12 @@
-// Means of a convolution's maps before it runs, from the means of what its taps see: a matrix product, samples by filters,
-// summed over (tap, channel).
+// Means of a convolution's maps before it runs, from the means of what its taps see: a matrix product, samples by
+// filters, summed over (tap, channel).
 //
 //   map_mean[n, o] = gain[o] * sum of weight[o, tap, c] * window_means[n, tap, c],  beta = bias - mean_scale * map_mean
 //
-// It is small beside the layer, but deep: so a block has 32 samples and 32 filters only, and its eight warps share the sum,
-// 32 terms each at a time, straight from the caches to registers. Which terms go into which product is free, so a lane's
-// are four neighbours. Products are TF32 of numbers that are split into two of them: a mean and, of f32, a weight; 16-bit
-// weights are TF32 numbers already. That is exact to some 2^-21.
+// It is small beside the layer, but deep: so a block has 32 samples and 32 filters only, and its eight warps share the
+// sum, 32 terms each at a time, straight from the caches to registers. Which terms go into which product is free, so a
+// lane's are four neighbours. Products are of TF32 numbers, two for a mean and, of f32, two for a weight; 16-bit weights
+// are TF32 numbers already. That is exact to some 2^-21. A block reads 32 * terms * (4 + bytes of a weight) bytes.
 
 #include "division.cuh"
 #include "launch.cuh"
@@ -161,7 +161,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T>
 cudaError_t run(const MeanOfMaps& p, cudaStream_t stream) {
-  const auto is_multiple = [](const void* address, size_t of) { return reinterpret_cast<uintptr_t>(address) % of == 0; };
+  const auto is_multiple = [](const void* address, size_t of) {
+    return reinterpret_cast<uintptr_t>(address) % of == 0;
+  };
   const int64_t group_channels = p.channels / p.groups;
   Job job{};
   job.group_channels = Divisor(group_channels);

@@ -9,14 +9,15 @@ namespace deepcontrol::cuda {
 
 namespace {
 
-// A clock and multiprocessor: bytes from shared memory, and from the second-level cache (NVIDIA's papers on A100 and H100).
+// A clock and multiprocessor: bytes from shared memory, and from the second-level cache (NVIDIA's papers on A100 and
+// H100).
 constexpr double kSharedBytes = 128, kCachedBytes = 40;
 // What a load element by element takes of the first number for each element: a warp's touches four lines.
 constexpr double kElementBytes = 16;
 // And what the epilogue takes for each sum: eight bytes through shared memory, and sixty instructions for eight sums.
 constexpr double kEpilogueBytes = 16;
-// Clocks, assumed: until a tile's first operands are there and its last results are under way; what a launch behind another
-// adds; from one load to the next where nothing else is under way.
+// Clocks, assumed: until a tile's first operands are there and its last results are under way; what a launch behind
+// another adds; from a load to what it brings.
 constexpr double kTileLatency = 1500, kLaunchLatency = 3000, kLoadLatency = 1000;
 constexpr int64_t kMostWorkspace = int64_t(256) << 20;
 
@@ -25,13 +26,16 @@ int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 class Planner {
  public:
   Planner(const ConvCase& c, const Device& device, bool held)
-      : c_(c), device_(device), held_(held), size_(size_of(c.dtype)), vectors_(c.aligned && c.group_channels() % (16 / size_) == 0) {
+      : c_(c),
+        device_(device),
+        held_(held),
+        size_(size_of(c.dtype)),
+        vectors_(c.aligned && c.group_channels() % (16 / size_) == 0) {
     const Ceilings ceilings = ceilings_of(device);
     bytes_ = ceilings.bytes;
     clock_ = ceilings.cached / (kSharedBytes * device.processors);
     operations_ = ceilings.operations * ceilings.mma_sync / device.processors / clock_ * 2 / size_;
-    const int64_t step = kConvStepBytes / size_, taps = c.windows.taps();
-    steps_ = vectors_ ? taps * ceil_divide(c.group_channels(), step) : ceil_divide(taps * c.group_channels(), step);
+    steps_ = ceil_divide(c.windows.taps() * c.group_channels() * size_, kConvStepBytes);
   }
 
   // blocks == 0 if there is none.
@@ -97,10 +101,11 @@ class Planner {
     const double steps = ceil_divide(steps_, plan.splits);
     const double epilogue = tile.rows * tile.columns * kEpilogueBytes / kSharedBytes, work = steps * step + epilogue;
     // A block cannot be faster than its loads come, of which all stages but one are under way.
-    const double alone = steps * std::max(step, kLoadLatency / (vectors_ ? plan.stages - 1 : 1)) + epilogue + kTileLatency;
+    const double alone =
+        steps * std::max(step, kLoadLatency / (vectors_ ? plan.stages - 1 : 1)) + epilogue + kTileLatency;
     // Blocks of a multiprocessor take turns, and one hides what another waits for.
     const int64_t resident =
-        std::clamp<int64_t>((device_.shared_memory + 1024) / (plan.shared + 1024), 1, tile.resident);
+        std::clamp<int64_t>((device_.shared_memory + 1024) / (plan.shared + 1024), 1, resident_blocks(tile, vectors_));
     const auto wave = [&](int64_t blocks) { return std::max(blocks * work, alone); };
     const int64_t room = resident * device_.processors, rest = plan.blocks % room;
     return plan.blocks / room * wave(resident) + (rest ? wave(ceil_divide(rest, device_.processors)) : 0);

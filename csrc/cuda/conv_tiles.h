@@ -19,6 +19,9 @@ constexpr ConvTile kConvTiles[] = {
 constexpr int kConvTileCount = sizeof(kConvTiles) / sizeof(ConvTile);
 // f32, and channels or tensors that 16-byte vectors do not fit, have the first ones alone.
 constexpr int kConvTilesForAll = 2;
+constexpr int resident_blocks(const ConvTile& tile, bool vectors) {
+  return vectors ? tile.resident : std::min(tile.resident, 2);
+}
 constexpr int kFewestStages = 3, kMostStages = 5;
 
 // A stage of the pipeline has so much of every row.
@@ -27,8 +30,8 @@ constexpr int64_t bytes_of_stage(const ConvTile& tile) { return int64_t(tile.row
 // A block has a table of its rows, which it keeps where they are loaded element by element.
 constexpr int kConvRowBytes = 8;
 
-// Sums wait for the epilogue as rows of floats, 8 more than there are columns: so neither writing pairs nor reading octets
-// meets a bank conflict.
+// Sums wait for the epilogue as rows of floats, 8 more than there are columns: so neither writing pairs nor reading
+// octets meets a bank conflict.
 constexpr int pitch_of_sums(int columns) { return columns + 8; }
 constexpr int64_t bytes_of_sums(int rows, int columns) { return int64_t(rows) * pitch_of_sums(columns) * 4; }
 // Threads beside each other have a column each; this many have the same one.
@@ -43,8 +46,8 @@ constexpr int64_t shared_memory_of(const ConvTile& tile, int stages, bool vector
   return std::max(pipeline, sums + (samples ? bytes_of_means(samples, tile.columns) : 0));
 }
 
-// Where splits of the sum are added up in a launch of their own, a block has so many filters, and whole maps up to so many
-// pixels or, where no means are taken, that many rows.
+// Where splits of the sum are added up in a launch of their own, a block has so many filters, and whole maps up to so
+// many pixels or, where no means are taken, that many rows.
 constexpr int kJoinedColumns = 32, kJoinedMap = 256, kJoinedRows = 64;
 constexpr int64_t split_pitch(const ConvTile& tile, int64_t group_filters, int64_t groups) {
   return groups * ceil_divide(group_filters, tile.columns) * tile.columns;
