@@ -40,26 +40,45 @@ __device__ __forceinline__ void arrive_and_expect(uint64_t* barrier, unsigned by
   DEEPCONTROL_SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                     : "memory");
 }
-// Waits until the phase of this parity (0 for the first, then 1, 0, ...) is complete.
-__device__ __forceinline__ void wait_barrier(uint64_t* barrier, unsigned parity) {
+#define DEEPCONTROL_WAIT(order)                                      \
+  DEEPCONTROL_SM90A(                                                 \
+      "{\n"                                                          \
+      ".reg .pred done;\n"                                           \
+      "again:\n"                                                     \
+      "mbarrier.try_wait.parity." order ".b64 done, [%0], %1;\n"     \
+      "@done bra over;\n"                                            \
+      "bra again;\n"                                                 \
+      "over:\n"                                                      \
+      "}" ::"r"(shared_address(barrier)),                            \
+      "r"(parity)                                                    \
+      : "memory")
+
+// Waits until the phase of this parity (0 for the first, then 1, 0, ...) is complete. The phase before the first counts as
+// complete, with parity 1.
+__device__ __forceinline__ void wait_barrier(uint64_t* barrier, unsigned parity) { DEEPCONTROL_WAIT("shared::cta"); }
+
+// Between blocks of a cluster: arrives at the barrier that block `rank` has where this block has `own`, after all that this
+// thread did or saw; and waits at the own one until what other blocks did before they arrived is visible.
+__device__ __forceinline__ void arrive_in_cluster(uint64_t* own, unsigned rank) {
   DEEPCONTROL_SM90A(
       "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(own)),
+      "r"(rank)
       : "memory");
 }
+__device__ __forceinline__ void wait_barrier_of_cluster(uint64_t* barrier, unsigned parity) {
+  DEEPCONTROL_WAIT("acquire.cluster.shared::cta");
+}
+#undef DEEPCONTROL_WAIT
 
 // What this thread did to shared memory comes before what the TMA does to it afterwards.
 __device__ __forceinline__ void fence_async_proxy() { DEEPCONTROL_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+  DEEPCONTROL_SM90A("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // A box of a tensor of three dimensions, innermost first, to shared memory. One thread calls it. `barrier` completes when
@@ -77,7 +96,7 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
 __device__ __forceinline__ void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier, int channel, int w,
                                             int h, int n, unsigned short ahead_w, unsigned short ahead_h) {
   DEEPCONTROL_SM90A(
-      "cp.async.bulk.tensor.4d.im2col.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2], {%7, %8};" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(ahead_w), "h"(ahead_h)
       : "memory");
@@ -86,7 +105,7 @@ __device__ __forceinline__ void load_pixels(void* shared, const CUtensorMap* map
                                             int h, int d, int n, unsigned short ahead_w, unsigned short ahead_h,
                                             unsigned short ahead_d) {
   DEEPCONTROL_SM90A(
-      "cp.async.bulk.tensor.5d.im2col.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4, %5, %6, %7}], [%2], {%8, %9, %10};" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(d), "r"(n), "h"(ahead_w), "h"(ahead_h),
       "h"(ahead_d)
@@ -110,10 +129,57 @@ __device__ __forceinline__ void products_wait() {
   DEEPCONTROL_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// After a wait: keeps the compiler from reading sums ahead of it, since the wait does not name them.
+template <int n>
+__device__ __forceinline__ void products_done(float (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d += a * b^T, 64 x columns, of a 64 x 16 and b columns x 16 of T, 16 bits each; all 128 threads of a warpgroup. A thread
 // has of row 16 * warp + lane / 4 (+ 8) the columns 8 j + 2 (lane % 4) and the next in d[4 j], d[4 j + 1] (+ 2).
+#define DEEPCONTROL_SUMS_8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define DEEPCONTROL_SUMS_32(i) \
+  DEEPCONTROL_SUMS_8(i), DEEPCONTROL_SUMS_8(i + 8), DEEPCONTROL_SUMS_8(i + 16), DEEPCONTROL_SUMS_8(i + 24)
+#define DEEPCONTROL_NAMES_32                                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define DEEPCONTROL_NAMES_64                                                                                    \
+  DEEPCONTROL_NAMES_32                                                                                          \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Behind the descriptors: add to d, signs of a and b, neither of which is transposed.
+#define DEEPCONTROL_PRODUCT_64(type)                                                                               \
+  DEEPCONTROL_SM90A("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" DEEPCONTROL_NAMES_32          \
+                    "}, %32, %33, 1, 1, 1, 0, 0;"                                                                  \
+                    : DEEPCONTROL_SUMS_32(0)                                                                       \
+                    : "l"(a), "l"(b))
+#define DEEPCONTROL_PRODUCT_128(type)                                                                              \
+  DEEPCONTROL_SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" DEEPCONTROL_NAMES_64         \
+                    "}, %64, %65, 1, 1, 1, 0, 0;"                                                                  \
+                    : DEEPCONTROL_SUMS_32(0), DEEPCONTROL_SUMS_32(32)                                              \
+                    : "l"(a), "l"(b))
 template <class T, int columns>
-__device__ __forceinline__ void multiply_add_group(float (&d)[columns / 2], uint64_t a, uint64_t b);
+__device__ __forceinline__ void multiply_add_group(float (&d)[columns / 2], uint64_t a, uint64_t b) {
+  static_assert(columns == 64 || columns == 128);
+  constexpr bool half = std::is_same_v<T, __half>;
+  if constexpr (columns == 64 && half) {
+    DEEPCONTROL_PRODUCT_64("f16");
+  } else if constexpr (columns == 64) {
+    DEEPCONTROL_PRODUCT_64("bf16");
+  } else if constexpr (half) {
+    DEEPCONTROL_PRODUCT_128("f16");
+  } else {
+    DEEPCONTROL_PRODUCT_128("bf16");
+  }
+}
+#undef DEEPCONTROL_SUMS_8
+#undef DEEPCONTROL_SUMS_32
+#undef DEEPCONTROL_NAMES_32
+#undef DEEPCONTROL_NAMES_64
+#undef DEEPCONTROL_PRODUCT_64
+#undef DEEPCONTROL_PRODUCT_128
 
 // Hands registers of this warpgroup back, or takes more; a multiple of 8, all warps of the group.
 template <int registers>
