@@ -284,6 +284,7 @@ class Consumer {
     const int pixels = work_.pixels.by;
     float* parts = shared_.slabs + group_ * (kWarpsOfGroup * Layout::kSlab / 4);
     const int row = 16 * warp_ + lane_ / 4;
+    sync();  // `parts` are the slabs of all warps, some of which may still finish the tile before
     for (int map = 0; map < maps; ++map) {
       const int begin = max((first_map + map) * pixels - offset, 0);
       const unsigned count = min((first_map + map + 1) * pixels - offset, rows) - begin;
