@@ -46,7 +46,7 @@ struct Work {
   CUtensorMap input, weight;
   ConvForward p;
   ConvPlan plan;
-  Divisor pixels, plane, width, columns, group_columns;
+  Divisor pixels, plane, width, columns, group_columns, stages;
   int rows;     // of all samples
   int span;     // rows of a cluster's tile
   int tiles;    // of clusters
@@ -110,10 +110,11 @@ struct Ring {
       parity ^= 1;
     }
   }
-  __device__ __forceinline__ void skip(int steps) {
+  __device__ __forceinline__ void skip(int steps, const Divisor& by) {
     stage += steps;
-    parity ^= stage / stages & 1;
-    stage %= stages;
+    const int rounds = by(stage);
+    stage -= rounds * stages;
+    parity ^= rounds & 1;
   }
 };
 
@@ -191,6 +192,11 @@ __device__ __forceinline__ void sum_eighths(float (&values)[total]) {
   if constexpr (distance > 4) sum_eighths<kHalf, distance / 2>(values);
 }
 
+// A matrix 16 * `ahead` bytes further on. In 32 bits, which a descriptor has its address in: uniform registers are few.
+__device__ __forceinline__ uint64_t moved(uint64_t matrix, unsigned ahead) {
+  return matrix >> 32 << 32 | (static_cast<unsigned>(matrix) + ahead);
+}
+
 // One warpgroup of those that multiply.
 template <class T, int columns, bool shared_tile>
 class Consumer {
@@ -213,7 +219,7 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     const int own = shared_tile ? 0 : group_, among = shared_tile ? 1 : kConsumers;
-    ring_.skip(own * work_.steps);
+    ring_.skip(own * work_.steps, work_.stages);
     int turn = own, done = 0;
     for (int tile = turns_.first + own * turns_.step; tile < work_.tiles; tile += among * turns_.step) {
       const Place place(work_, tile, turns_.rank, columns);
@@ -223,7 +229,7 @@ class Consumer {
       multiply(sums);
       if (work_.plan.held) centre(sums, place, done);
       store(sums, place);
-      ring_.skip((among - 1) * work_.steps);
+      ring_.skip((among - 1) * work_.steps, work_.stages);
       turn += among;
       ++done;
     }
@@ -246,7 +252,7 @@ class Consumer {
     }
     const uint64_t first_a = matrix_descriptor(shared_.stages + first_row() * Layout::kStepBytes);
     const uint64_t first_b = matrix_descriptor(shared_.stages + Layout::rows(shared_tile) * Layout::kStepBytes);
-    uint64_t* before = nullptr;
+    int before = -1;
     for (int step = 0; step < work_.steps; ++step) {
       wait_barrier(shared_.full + ring_.stage, ring_.parity);
       const unsigned ahead = unsigned(ring_.stage * stage_bytes_) >> 4;
@@ -257,20 +263,21 @@ class Consumer {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           constexpr unsigned kDown = kProductRows * Layout::kStepBytes >> 4;
-          multiply_add_group<T, columns>(sums[half], first_a + (ahead + half * kDown + along), first_b + (ahead + along));
+          multiply_add_group<T, columns>(sums[half], moved(first_a, ahead + half * kDown + along),
+                                         moved(first_b, ahead + along));
         }
       }
       products_commit();
       products_wait<1>();
-      if (before && lane_ == 0) arrive(before);
-      before = shared_.empty + ring_.stage;
+      if (before >= 0 && lane_ == 0) arrive(shared_.empty + before);
+      before = ring_.stage;
       ring_.next();
     }
     if (!shared_tile && lane_ == 0) arrive(shared_.turn + (group_ ^ 1));
     products_wait<0>();
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) products_done(sums[half]);
-    if (lane_ == 0) arrive(before);
+    if (lane_ == 0) arrive(shared_.empty + before);
   }
 
   // The means of the maps that this group has rows of, and what they shift their filters by.
@@ -408,28 +415,27 @@ class Consumer {
       const int column = piece % kParts * Layout::kSlabColumns + octet * kOctet;
       const int count = min(int(p_.group_filters()) - place.column - column, kOctet);
       const int filter = place.group * int(p_.group_filters()) + place.column + column;
-      const int first = piece / kParts * kProductRows + 16 * warp_ + row_of_four;
-      if (count > 0) {
-        float gain[kOctet], shift[kOctet];
-        load_octet(p_.gain, filter, count, 1.0f, gain);
-        load_octet(work_.plan.held ? nullptr : p_.bias, filter, count, 0.0f, shift);
+      const int first = piece / kParts * kProductRows + Layout::kSlabRows * warp_;  // of the warp
+      float gain[kOctet], shift[kOctet];
+      load_octet(p_.gain, filter, count, 1.0f, gain);
+      load_octet(work_.plan.held ? nullptr : p_.bias, filter, count, 0.0f, shift);
 #pragma unroll 1
-        for (int row = 0; row < Layout::kSlabRows && first + row < rows; row += 4) {
-          const int m = place.row + first_row() + first + row;
-          if (p_.beta) {
-            load_octet(p_.beta, work_.pixels(m) * p_.filters + filter, count, 0.0f, shift);
-          } else if (work_.plan.held) {
-            const int map = work_.pixels(m - place.base) - first_map;
-            memcpy(shift, __builtin_assume_aligned(shifts + map * columns + column, 16), sizeof(shift));
-          }
-          const unsigned char* from = slab + row * kRowBytes;
-          const float4 low = *reinterpret_cast<const float4*>(from + read_at);
-          const float4 high = *reinterpret_cast<const float4*>(from + (read_at ^ 16));
-          float z[kOctet] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-          for (int j = 0; j < kOctet; ++j) z[j] = gain[j] * z[j] + shift[j];
-          epilogue_.store(m, filter, count, z);
+      for (int row = 0; row < Layout::kSlabRows && first + row < rows; row += 4) {
+        const int own = first + row + row_of_four, m = place.row + first_row() + own;
+        if (own >= rows || count <= 0) continue;
+        if (p_.beta) {
+          load_octet(p_.beta, work_.pixels(m) * p_.filters + filter, count, 0.0f, shift);
+        } else if (work_.plan.held) {
+          const int map = work_.pixels(m - place.base) - first_map;
+          memcpy(shift, __builtin_assume_aligned(shifts + map * columns + column, 16), sizeof(shift));
         }
+        const unsigned char* from = slab + row * kRowBytes;
+        const float4 low = *reinterpret_cast<const float4*>(from + read_at);
+        const float4 high = *reinterpret_cast<const float4*>(from + (read_at ^ 16));
+        float z[kOctet] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) z[j] = gain[j] * z[j] + shift[j];
+        epilogue_.store(m, filter, count, z);
       }
       __syncwarp();
     }
@@ -513,6 +519,7 @@ cudaError_t launch_conv_sm90(const ConvForward& p, const ConvPlan& plan, cudaStr
   work.width = Divisor(w.output[2]);
   work.columns = Divisor(columns);
   work.group_columns = Divisor(group_columns);
+  work.stages = Divisor(plan.stages);
   work.rows = static_cast<int>(rows);
   work.span = static_cast<int>(span);
   work.tiles = static_cast<int>(ceil_divide(rows, span) * columns);
