@@ -12,9 +12,9 @@
 #include "ptx.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define DEEPCONTROL_SM90A(...) asm volatile(__VA_ARGS__)
+#define DEEPCONTROL_ASM(...) asm volatile(__VA_ARGS__)
 #else
-#define DEEPCONTROL_SM90A(...) asm volatile("trap;")
+#define DEEPCONTROL_ASM(...) asm volatile("trap;")
 #endif
 
 namespace deepcontrol::cuda {
@@ -30,27 +30,27 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, unsigned arrival
 }
 // Makes initialised barriers known to the TMA and the cluster.
 __device__ __forceinline__ void fence_barriers() {
-  DEEPCONTROL_SM90A("fence.mbarrier_init.release.cluster;" ::: "memory");
+  DEEPCONTROL_ASM("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Arrives, and announces so many bytes of the TMA for this phase.
 __device__ __forceinline__ void arrive_and_expect(uint64_t* barrier, unsigned bytes) {
-  DEEPCONTROL_SM90A("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                    : "memory");
+  DEEPCONTROL_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                  : "memory");
 }
-#define DEEPCONTROL_WAIT(order)                                      \
-  DEEPCONTROL_SM90A(                                                 \
-      "{\n"                                                          \
-      ".reg .pred done;\n"                                           \
-      "again:\n"                                                     \
-      "mbarrier.try_wait.parity." order ".b64 done, [%0], %1;\n"     \
-      "@done bra over;\n"                                            \
-      "bra again;\n"                                                 \
-      "over:\n"                                                      \
-      "}" ::"r"(shared_address(barrier)),                            \
-      "r"(parity)                                                    \
+#define DEEPCONTROL_WAIT(order)                                  \
+  DEEPCONTROL_ASM(                                               \
+      "{\n"                                                      \
+      ".reg .pred done;\n"                                       \
+      "again:\n"                                                 \
+      "mbarrier.try_wait.parity." order ".b64 done, [%0], %1;\n" \
+      "@done bra over;\n"                                        \
+      "bra again;\n"                                             \
+      "over:\n"                                                  \
+      "}" ::"r"(shared_address(barrier)),                        \
+      "r"(parity)                                                \
       : "memory")
 
 // Waits until the phase of this parity (0 for the first, then 1, 0, ...) is complete. The phase before the first counts as
@@ -60,7 +60,7 @@ __device__ __forceinline__ void wait_barrier(uint64_t* barrier, unsigned parity)
 // Between blocks of a cluster: arrives at the barrier that block `rank` has where this block has `own`, after all that this
 // thread did or saw; and waits at the own one until what other blocks did before they arrived is visible.
 __device__ __forceinline__ void arrive_in_cluster(uint64_t* own, unsigned rank) {
-  DEEPCONTROL_SM90A(
+  DEEPCONTROL_ASM(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -75,16 +75,16 @@ __device__ __forceinline__ void wait_barrier_of_cluster(uint64_t* barrier, unsig
 #undef DEEPCONTROL_WAIT
 
 // What this thread did to shared memory comes before what the TMA does to it afterwards.
-__device__ __forceinline__ void fence_async_proxy() { DEEPCONTROL_SM90A("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy() { DEEPCONTROL_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  DEEPCONTROL_SM90A("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+  DEEPCONTROL_ASM("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // A box of a tensor of three dimensions, innermost first, to shared memory. One thread calls it. `barrier` completes when
 // it and all else is there that was announced.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
-  DEEPCONTROL_SM90A(
+  DEEPCONTROL_ASM(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
           shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
 // the tap by its distance from that. Channels and pixels outside of the tensor are zero.
 __device__ __forceinline__ void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier, int channel, int w,
                                             int h, int n, unsigned short ahead_w, unsigned short ahead_h) {
-  DEEPCONTROL_SM90A(
+  DEEPCONTROL_ASM(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2], {%7, %8};" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(ahead_w), "h"(ahead_h)
@@ -104,7 +104,7 @@ __device__ __forceinline__ void load_pixels(void* shared, const CUtensorMap* map
 __device__ __forceinline__ void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier, int channel, int w,
                                             int h, int d, int n, unsigned short ahead_w, unsigned short ahead_h,
                                             unsigned short ahead_d) {
-  DEEPCONTROL_SM90A(
+  DEEPCONTROL_ASM(
       "cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4, %5, %6, %7}], [%2], {%8, %9, %10};" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(d), "r"(n), "h"(ahead_w), "h"(ahead_h),
@@ -122,11 +122,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared) {
 
 // Around products: before the first, and where registers of the sum were changed by others than products; behind those
 // that make a group; and until no more than `pending` groups are under way. Sums and operands stay untouched until then.
-__device__ __forceinline__ void products_begin() { DEEPCONTROL_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { DEEPCONTROL_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_begin() { DEEPCONTROL_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { DEEPCONTROL_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int pending>
 __device__ __forceinline__ void products_wait() {
-  DEEPCONTROL_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+  DEEPCONTROL_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
 // After a wait: keeps the compiler from reading sums ahead of it, since the wait does not name them.
@@ -142,7 +142,7 @@ __device__ __forceinline__ void products_done(float (&d)[n]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define DEEPCONTROL_SUMS_32(i) \
   DEEPCONTROL_SUMS_8(i), DEEPCONTROL_SUMS_8(i + 8), DEEPCONTROL_SUMS_8(i + 16), DEEPCONTROL_SUMS_8(i + 24)
-#define DEEPCONTROL_NAMES_32                                                                                        \
+#define DEEPCONTROL_NAMES_32                                                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
 #define DEEPCONTROL_NAMES_64                                                                                    \
@@ -150,15 +150,15 @@ __device__ __forceinline__ void products_done(float (&d)[n]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Behind the descriptors: add to d, signs of a and b, neither of which is transposed.
-#define DEEPCONTROL_PRODUCT_64(type)                                                                               \
-  DEEPCONTROL_SM90A("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" DEEPCONTROL_NAMES_32          \
-                    "}, %32, %33, 1, 1, 1, 0, 0;"                                                                  \
-                    : DEEPCONTROL_SUMS_32(0)                                                                       \
+#define DEEPCONTROL_PRODUCT_64(type)                                                                    \
+  DEEPCONTROL_ASM("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" DEEPCONTROL_NAMES_32 \
+                    "}, %32, %33, 1, 1, 1, 0, 0;"                                                       \
+                    : DEEPCONTROL_SUMS_32(0)                                                            \
                     : "l"(a), "l"(b))
-#define DEEPCONTROL_PRODUCT_128(type)                                                                              \
-  DEEPCONTROL_SM90A("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" DEEPCONTROL_NAMES_64         \
-                    "}, %64, %65, 1, 1, 1, 0, 0;"                                                                  \
-                    : DEEPCONTROL_SUMS_32(0), DEEPCONTROL_SUMS_32(32)                                              \
+#define DEEPCONTROL_PRODUCT_128(type)                                                                    \
+  DEEPCONTROL_ASM("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" DEEPCONTROL_NAMES_64 \
+                    "}, %64, %65, 1, 1, 1, 0, 0;"                                                        \
+                    : DEEPCONTROL_SUMS_32(0), DEEPCONTROL_SUMS_32(32)                                    \
                     : "l"(a), "l"(b))
 template <class T, int columns>
 __device__ __forceinline__ void multiply_add_group(float (&d)[columns / 2], uint64_t a, uint64_t b) {
@@ -184,11 +184,11 @@ __device__ __forceinline__ void multiply_add_group(float (&d)[columns / 2], uint
 // Hands registers of this warpgroup back, or takes more; a multiple of 8, all warps of the group.
 template <int registers>
 __device__ __forceinline__ void keep_registers() {
-  DEEPCONTROL_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+  DEEPCONTROL_ASM("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
 __device__ __forceinline__ void take_registers() {
-  DEEPCONTROL_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+  DEEPCONTROL_ASM("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
 // A barrier of `threads` threads of the block, whole warps; `number` is 1 to 15.
@@ -197,5 +197,7 @@ __device__ __forceinline__ void sync_group(int number, int threads) {
 }
 
 }  // namespace deepcontrol::cuda
+
+#undef DEEPCONTROL_ASM
 
 #endif
