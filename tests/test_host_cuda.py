@@ -50,7 +50,7 @@ def outcomes(kernels, kernel: str, mistake: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["sum_block", "sum_cluster"])
+@pytest.mark.parametrize("kernel", ["sum_block", "sum_cluster", "sum_told"])
 def test_right_kernels_pass_in_every_order(kernels, kernel):
     assert outcomes(kernels, kernel, "none") == ["right"] * len(SEEDS)
 
@@ -150,6 +150,10 @@ def test_a_missing_barrier_gives_a_wrong_result(kernels, mistake):
     assert outcomes(kernels, "sum_block", mistake).count("wrong") >= len(SEEDS) // 2
 
 
+def test_sums_that_were_not_waited_for_give_a_wrong_result(kernels):
+    assert outcomes(kernels, "sum_told", "no_cluster_wait").count("wrong") >= len(SEEDS) // 2
+
+
 def test_a_read_behind_shared_memory_gives_a_wrong_result(kernels):
     assert outcomes(kernels, "sum_block", "reads_past_shared") == ["wrong"] * len(SEEDS)
 
@@ -172,6 +176,9 @@ ERRORS = {
     ("sum_cluster", "no_cluster_wait_at_exit"): "block",
     ("sum_cluster", "no_cluster_wait"): "cluster_arrive twice without cluster_wait",
     ("sum_cluster", "rank_outside"): "load_from_cluster from block 4 of a cluster of 4",
+    ("sum_told", "no_cluster_barrier"): "",
+    ("sum_told", "no_cluster_wait_at_exit"): "block",
+    ("sum_told", "waits_in_block"): "wait_barrier for what other blocks of the cluster did",
     ("multiply_tile", "misaligned_row"): "load_matrices from byte 568 of shared memory, no multiple of 16",
     ("multiply_tile", "row_outside"): "load_matrices from byte 3120 of 3072 of shared memory",
     ("multiply_tile", "skips_load"): "of other lanes at faulty.cu:",

@@ -1,7 +1,8 @@
 // Each CUDA thread is a fiber that runs until it must wait for others. Which one runs next is random, and so is whether
 // a warp is let run ahead of the others or all keep pace; so a barrier that is missing lets some thread see memory too
 // early in some order. Clusters come one after another, their blocks at the same time. Shared memory holds NaN until it
-// is written. What a copy to shared memory brings arrives at the last moment that is allowed.
+// is written. What a copy to shared memory brings arrives at the last moment that is allowed. What capability 9.0 has
+// beyond clusters is in sm90.cpp.
 //
 // What would hang or be undefined on a GPU ends the launch with a message that says where. Races in global memory are
 // not looked for.
@@ -37,7 +38,6 @@ namespace host_cuda {
 Gpu gpu{90, 227 * 1024, 132};
 Random random_number;
 size_t shared_bytes, threads_of_block;
-int cluster_phase;
 std::vector<Block> blocks;
 std::vector<Thread> threads;
 std::vector<Warp> warps;
@@ -68,17 +68,25 @@ const char* name_of(State state) {
 }
 
 const char* name_of(Kind kind) {
-  constexpr const char* kNames[] = {
-      "__syncwarp",     "__ballot_sync",
-      "__any_sync",     "__all_sync",
-      "__shfl_sync",    "__shfl_up_sync",
-      "__shfl_down_sync", "__shfl_xor_sync",
-      "load_matrices",  "load_matrices_transposed",
-      "multiply_add<bf16>", "multiply_add<f16>",
-      "multiply_add<f32>", "products_begin",
-      "products_commit", "products_wait",
-      "multiply_add_group", "a change of registers",
-      "sync_group"};
+  constexpr const char* kNames[] = {"__syncwarp",
+                                    "__ballot_sync",
+                                    "__any_sync",
+                                    "__all_sync",
+                                    "__shfl_sync",
+                                    "__shfl_up_sync",
+                                    "__shfl_down_sync",
+                                    "__shfl_xor_sync",
+                                    "load_matrices",
+                                    "load_matrices_transposed",
+                                    "multiply_add<bf16>",
+                                    "multiply_add<f16>",
+                                    "multiply_add<f32>",
+                                    "products_begin",
+                                    "products_commit",
+                                    "products_wait",
+                                    "multiply_add_group",
+                                    "a change of registers",
+                                    "sync_group"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -100,6 +108,7 @@ unsigned pace;  // 0: a warp runs as long as it can; else a new one is chosen on
 size_t warps_of_block;
 size_t shared_shift;  // of the blocks' shared memory behind a multiple of 1024
 size_t live;  // threads that have not exited
+int cluster_phase;
 size_t cluster_arrived;
 bool failed;
 void (*run_kernel)(void*);

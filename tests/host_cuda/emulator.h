@@ -63,7 +63,8 @@ void init_barrier(void* barrier, unsigned arrivals, Where where);
 void fence_barriers(Where where);
 void arrive(void* barrier, Where where);
 void arrive_and_expect(void* barrier, unsigned bytes, Where where);
-// At the barrier of the cluster's block `rank`; what others than its own block brought, only wait_barrier_of_cluster sees.
+// At the barrier of the cluster's block `rank`; what others than its own block brought, only wait_barrier_of_cluster
+// sees.
 void arrive_in_cluster(void* own, unsigned rank, Where where);
 void wait_barrier(void* barrier, unsigned parity, bool of_cluster, Where where);
 void fence_async_proxy(Where where);

@@ -41,6 +41,7 @@ enum class Mistake {  // faulty.py reads the names
   no_cluster_wait,
   no_cluster_wait_at_exit,
   rank_outside,
+  waits_in_block,
   misaligned_row,
   row_outside,
   skips_load,
@@ -149,8 +150,42 @@ __global__ void __launch_bounds__(kThreads)
   cluster_wait();
 }
 
-// d = a * b by one warp, 16 x 16 of 64 bytes along K. Of these `bytes` are there in each row of a and of b^T; or in memory
-// K goes down the rows if `transposed`, and all is there.
+// The same by barriers in shared memory: blocks tell each other that their sums are there.
+__global__ void __launch_bounds__(kThreads)
+    sum_told(const float* input, float* sums, const int cluster, const Mistake mistake) {
+  auto* barrier = reinterpret_cast<uint64_t*>(dynamic_shared());
+  float* total = reinterpret_cast<float*>(barrier + 1);
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    init_barrier(barrier, cluster);
+    fence_barriers();
+  }
+  if (mistake != Mistake::no_cluster_barrier) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  if (thread < 32) {
+    float sum = 0;
+    for (int i = thread; i < kThreads; i += 32) sum += input[blockIdx.x * kThreads + i];
+    sum = sum_warp(sum, mistake);
+    if (thread == 0) total[0] = sum;
+    __syncwarp();
+    if (thread < cluster) arrive_in_cluster(barrier, thread);
+    if (mistake == Mistake::waits_in_block) {
+      wait_barrier(barrier, 0);
+    } else if (mistake != Mistake::no_cluster_wait) {
+      wait_barrier_of_cluster(barrier, 0);
+    }
+    sum = sum_warp(thread < cluster ? load_from_cluster(total, thread) : 0, mistake);
+    if (thread == 0) sums[blockIdx.x] = sum;
+  }
+  if (mistake == Mistake::no_cluster_wait_at_exit) return;
+  cluster_arrive();
+  cluster_wait();
+}
+
+// d = a * b by one warp, 16 x 16 of 64 bytes along K. Of these `bytes` are there in each row of a and of b^T; or in
+// memory K goes down the rows if `transposed`, and all is there.
 template <class T>
 __global__ void __launch_bounds__(32)
     multiply_tile(const T* a, const T* b, float* d, const int bytes, const bool transposed, const Mistake mistake) {
@@ -251,7 +286,7 @@ __global__ void __launch_bounds__(256)
       if (mistake == Mistake::expects_less) bytes -= 64;
       if (mistake == Mistake::expects_more) bytes += 64;
       arrive_and_expect(full + s, bytes);
-      const auto ahead = [&](int i, int index) { return static_cast<unsigned short>(index % c.taps[i] * c.dilation[i]); };
+      const auto ahead = [&](int i, int t) { return static_cast<unsigned short>(t % c.taps[i] * c.dilation[i]); };
       const unsigned short w = ahead(0, tap), h = ahead(1, tap / c.taps[0]), d = ahead(2, tap / c.taps[0] / c.taps[1]);
       if (c.dimensions == 2) {
         load_pixels(stage, &c.input, full + s, channel, at[0], at[1], at[3], w, h);
@@ -329,10 +364,10 @@ EXPORT int run_sum_block(float* input, float* sums, int blocks, int repeat, int 
                        static_cast<Mistake>(mistake)));
 }
 
-EXPORT int run_sum_cluster(const float* input, float* sums, int blocks, int cluster, int mistake) {
+EXPORT int run_sum_cluster(const float* input, float* sums, int blocks, int cluster, int told, int mistake) {
   using namespace deepcontrol::cuda;
-  return report(launch(sum_cluster, blocks, kThreads, 64, cluster, host_cuda::current_stream(), input, sums, cluster,
-                       static_cast<Mistake>(mistake)));
+  return report(launch(told ? sum_told : sum_cluster, blocks, kThreads, 64, cluster, host_cuda::current_stream(),
+                       input, sums, cluster, static_cast<Mistake>(mistake)));
 }
 
 // `type` is 0 for bf16, 1 for f16, 2 for TF32.
@@ -406,8 +441,8 @@ EXPORT int run_convolve(void* input, void* weight, float* y, int is_half, int di
 
 // 0, or why the driver does not make a tensor map: `lower` and `upper` for im2col, else a box.
 EXPORT int run_encode(int type, int rank, uint64_t address, const cuuint64_t* sizes, const cuuint64_t* strides,
-                      const int* lower, const int* upper, const cuuint32_t* box, const cuuint32_t* steps, int interleave,
-                      int swizzle, int fill) {
+                      const int* lower, const int* upper, const cuuint32_t* box, const cuuint32_t* steps,
+                      int interleave, int swizzle, int fill) {
   CUtensorMap map;
   const auto pointer = reinterpret_cast<void*>(address);
   const auto kind = static_cast<CUtensorMapDataType>(type);

@@ -53,15 +53,19 @@ class Faulty:
         self._check(self._library.run_sum_block(*pointers, blocks, repeat, MISTAKES.index(mistake)))
         return torch.equal(sums, wanted)
 
-    def sum_cluster(self, mistake: str = "none", clusters: int = 3, cluster: int = 4) -> bool:
+    def sum_cluster(self, mistake: str = "none", clusters: int = 3, cluster: int = 4, told: bool = False) -> bool:
         """Whether each block has the sum of its cluster."""
         blocks = clusters * cluster
         numbers = torch.arange(blocks * THREADS, dtype=torch.float32)
         wanted = numbers.view(clusters, -1).sum(1).repeat_interleave(cluster)
         sums = torch.full((blocks,), torch.nan)
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (numbers, sums)]
-        self._check(self._library.run_sum_cluster(*pointers, blocks, cluster, MISTAKES.index(mistake)))
+        self._check(self._library.run_sum_cluster(*pointers, blocks, cluster, told, MISTAKES.index(mistake)))
         return torch.equal(sums, wanted)
+
+    def sum_told(self, mistake: str = "none") -> bool:
+        """The same where blocks tell each other that their sums are there."""
+        return self.sum_cluster(mistake, told=True)
 
     def multiply_tile(
         self, mistake: str = "none", dtype: torch.dtype = torch.float32, transposed: bool = False, there: int = 64

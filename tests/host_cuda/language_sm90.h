@@ -45,8 +45,8 @@ inline void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier,
                         unsigned short ahead_w, unsigned short ahead_h, SourcePlace where = SourcePlace::current()) {
   host_cuda::load_box(shared, map, barrier, {channel, w, h, n}, {ahead_w, ahead_h}, where);
 }
-inline void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier, int channel, int w, int h, int d, int n,
-                        unsigned short ahead_w, unsigned short ahead_h, unsigned short ahead_d,
+inline void load_pixels(void* shared, const CUtensorMap* map, uint64_t* barrier, int channel, int w, int h, int d,
+                        int n, unsigned short ahead_w, unsigned short ahead_h, unsigned short ahead_d,
                         SourcePlace where = SourcePlace::current()) {
   host_cuda::load_box(shared, map, barrier, {channel, w, h, d, n}, {ahead_w, ahead_h, ahead_d}, where);
 }

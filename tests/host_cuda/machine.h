@@ -21,7 +21,15 @@ constexpr int kLanes = 32;
 constexpr size_t kGroupWarps = 4;        // of a warpgroup
 constexpr unsigned char kPoison = 0xff;  // NaN in every type of float
 
-enum class State { ready, at_block_barrier, at_cluster_barrier, at_collective, at_memory_barrier, at_group_barrier, exited };
+enum class State {
+  ready,
+  at_block_barrier,
+  at_cluster_barrier,
+  at_collective,
+  at_memory_barrier,
+  at_group_barrier,
+  exited,
+};
 
 struct Copy {
   unsigned char* to;
@@ -163,7 +171,6 @@ struct Gpu {
 extern Gpu gpu;
 extern Random random_number;
 extern size_t shared_bytes, threads_of_block;
-extern int cluster_phase;
 extern std::vector<Block> blocks;
 extern std::vector<Thread> threads;
 extern std::vector<Warp> warps;

@@ -1,5 +1,5 @@
-// Products are exact: of 16-bit and TF32 numbers a float holds all bits. Sums are floats, taken in the order of K; which
-// order a GPU takes, and how it rounds, is not documented.
+// Products are exact: of 16-bit and TF32 numbers a float holds all bits. Sums are floats, taken in the order of K; the
+// order that a GPU takes, and how it rounds, is not documented.
 
 #include "products.h"
 

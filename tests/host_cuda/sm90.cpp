@@ -303,7 +303,8 @@ void load_box(void* shared, const void* map, void* barrier_memory, std::initiali
   MemoryBarrier& barrier = find_barrier(barrier_memory, name, where);
   if (!barrier.fenced) fail_because("with a barrier that no fence_barriers has made known");
   Load load{{}, static_cast<unsigned char*>(shared), {}, where};
-  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || !read_tensor_map(map, load.box.map)) fail_because("by no tensor map");
+  const bool aligned = reinterpret_cast<uintptr_t>(map) % 64 == 0;
+  if (!aligned || !read_tensor_map(map, load.box.map)) fail_because("by no tensor map");
   std::copy(at.begin(), at.end(), load.box.at);
   std::copy(ahead.begin(), ahead.end(), load.box.ahead);
   const std::string why = load.box.why_not(static_cast<int>(at.size()), static_cast<int>(ahead.size()));

@@ -1,6 +1,6 @@
 // The driver's encoders of tensor maps, which hold their arguments to every rule of the CUDA driver API's reference
-// ("Tensor Map Object Management"), and the copies, by the PTX ISA's chapter on tensors. What is allowed but not emulated,
-// as interleaved layouts, is CUDA_ERROR_NOT_SUPPORTED.
+// ("Tensor Map Object Management"), and the copies, by the PTX ISA's chapter on tensors. What is allowed but not
+// emulated, as interleaved layouts, is CUDA_ERROR_NOT_SUPPORTED.
 
 #include "tma.h"
 
@@ -144,8 +144,8 @@ std::string Box::why_not(int coordinates, int offsets) const {
   for (int i = 0; i < offsets; ++i) {
     const int64_t last = int64_t{map.last[i + 1]} + map.upper[i];
     if (at[i + 1] < map.lower[i] || at[i + 1] > last) {
-      return "from " + text(at[i + 1]) + " in dimension " + text(i + 1) + "; the bounding box is " + text(map.lower[i]) +
-             " to " + text(last);
+      const std::string place = text(at[i + 1]) + " in dimension " + text(i + 1);
+      return "from " + place + "; the bounding box is " + text(map.lower[i]) + " to " + text(last);
     }
     if (ahead[i] > most) return text(ahead[i]) + " ahead; the limit is " + text(most);
   }

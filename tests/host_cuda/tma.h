@@ -11,8 +11,8 @@ namespace host_cuda {
 // What the encoders keep in the opaque bytes of a CUtensorMap. Dimensions are innermost first.
 struct TensorMap {
   uint64_t magic;
-  // CUTLASS clears a bit of this word for tensors below 128 KiB where the driver is older than 13.2, against a fault of the
-  // driver. It may be cleared here too.
+  // CUTLASS clears a bit of this word for tensors below 128 KiB where the driver is of CUDA 13.1 or older, against a
+  // fault of the driver. It may be cleared here too.
   uint64_t spare;
   const unsigned char* address;
   uint64_t strides[4];  // bytes, from the second dimension on
