@@ -1,15 +1,16 @@
 // Convolutions of few channels a group, depthwise ones above all, with everything that follows, in a true single pass.
 //
-// Tensor cores have nothing to do here: a depthwise convolution is two operations a tap for each number that it moves. So a
-// block takes one sample and some octets of filters, convolves all of the map or, in a thread block cluster, its part of it,
-// and keeps the sums; their mean over the map is known then, and the finished layer is written. The input is read once (taps
-// overlap in the first-level cache, halos of a cluster's blocks in the second), the residual once; the output and its bits
-// are written once. Maps that are too large to be kept are convolved twice: to read again what a cluster has in the
-// second-level cache is less than to write sums and read them back. Where nothing is centred, once is enough.
+// Tensor cores have nothing to do here: a depthwise convolution is two operations a tap for each number that it moves.
+// So a block takes one sample and some octets of filters, convolves all of the map or, in a thread block cluster, its
+// part of it, and keeps the sums; their mean over the map is known then, and the finished layer is written. The input
+// is read once (taps overlap in the first-level cache, halos of a cluster's blocks in the second), the residual once;
+// the output and its bits are written once. Maps that are too large to be kept are convolved twice: to read again what
+// a cluster has in the second-level cache is less than to write sums and read them back. Where nothing is centred, once
+// is enough.
 //
 // What costs are instructions: each number that is loaded has to be widened, each weight comes from shared memory. A
-// thread has strips of neighbouring pixels of a row, where a weight serves all pixels and a number most taps of a row: for
-// three taps a strip of four loads six times rather than twelve. Kernel sizes need not be constants for that.
+// thread has strips of neighbouring pixels of a row, where a weight serves all pixels and a number most taps of a row:
+// for three taps a strip of four loads six times rather than twelve. Kernel sizes need not be constants for that.
 
 #include "conv_direct.h"
 #include "conv_epilogue.cuh"
@@ -69,8 +70,8 @@ struct Cut {
         shared(plan, weights, size_of_sum) {}
 };
 
-// A row of the input, as eight filters see it: offsets within it are in bytes. With `vectors` the channels of the filters are
-// neighbours, 16-byte aligned.
+// A row of the input, as eight filters see it: offsets within it are in bytes. With `vectors` the channels of the
+// filters are neighbours, 16-byte aligned.
 template <class T, bool vectors>
 class Row {
   using A = Accumulation<T>;
@@ -119,19 +120,21 @@ class Row {
   const int* seen_;
 };
 
-// The weights of the block's filters lie by tap. In a row of them the octets are apart, vector by vector, so that the lanes
-// of a warp read neighbours.
+// The weights of the block's filters lie by tap. In a row of them the octets are apart, vector by vector, so that the
+// lanes of a warp read neighbours.
 template <class A>
 __device__ __forceinline__ int place_of(int filter, int lanes) {
   constexpr int n = kVector<A>;
   return (filter % kOctet / n * lanes + filter / kOctet) * n + filter % n;
 }
 
-// Sixteen bytes of shared memory.
-template <class A>
-__device__ __forceinline__ void load_vector_of(const A* shared, A (&values)[kVector<A>]) {
-  const uint4 bytes = *reinterpret_cast<const uint4*>(shared);
-  memcpy(values, &bytes, sizeof(bytes));
+template <int n, class A>
+__device__ __forceinline__ void load_weights(const A* of_lane, int lanes, A (&values)[n]) {
+#pragma unroll
+  for (int j = 0; j < n; j += kVector<A>) {
+    const uint4 bytes = *reinterpret_cast<const uint4*>(of_lane + j * lanes);
+    memcpy(values + j, &bytes, sizeof(bytes));
+  }
 }
 
 // Vectors of a thread's sums lie kThreads apart.
@@ -191,13 +194,20 @@ class Strip {
   }
 
   // Adds what the first pixels have to the thread's own sums.
-  __device__ __forceinline__ void add_to(A* own, int pixels) const {
+  __device__ __forceinline__ void add_to(A* own, int pixels) {
+    if (pixels < kPixels) {
+#pragma unroll
+      for (int i = 1; i < kPixels; ++i) {
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) sums[i][j] = i < pixels ? sums[i][j] : A(0);
+      }
+    }
     A total[kOctet];
     load_sums(own, total);
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
-      for (int j = 0; j < kOctet; ++j) total[j] += i < pixels ? sums[i][j] : A(0);
+      for (int j = 0; j < kOctet; ++j) total[j] += sums[i][j];
     }
     store_sums(own, total);
   }
@@ -238,8 +248,8 @@ class Strip {
     }
   }
 
-  // What a strip sees while a tap moves along its row. The window goes round: the next number takes the place of the one
-  // that is not needed any more.
+  // What a strip sees while a tap moves along its row. The window goes round: the next number takes the place of the
+  // one that is not needed any more.
   struct Window {
     const Row<T, vectors>& row;
     int offset;        // of the number that comes next
@@ -248,8 +258,8 @@ class Strip {
   };
 
   // The taps of one phase.
-  __device__ __forceinline__ void slide(const Cut& cut, const Row<T, vectors>& row, int offset, const A* weights, int taps,
-                                        int first) {
+  __device__ __forceinline__ void slide(const Cut& cut, const Row<T, vectors>& row, int offset, const A* weights,
+                                        int taps, int first) {
     Window window{row, offset, weights, {}};
 #pragma unroll
     for (int i = 0; i < kPixels - 1; ++i) {
@@ -280,7 +290,7 @@ class Strip {
 #pragma unroll
     for (int k = 0; k < kAtOnce; k += n) {
       A weight[n];
-      load_vector_of(weights + (first + k) * lanes, weight);
+      load_weights(weights + (first + k) * lanes, lanes, weight);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
@@ -290,20 +300,21 @@ class Strip {
   }
 };
 
+// A block's part of the output. Every thread needs it now and then; in shared memory it takes no registers.
+struct Place {
+  int sample, first_filter, first_strip, strips;
+};
+
 template <class T, bool vectors>
 __global__ void __launch_bounds__(kThreads, 2)
     convolve_groups(const __grid_constant__ ConvForward p, const __grid_constant__ ConvPlan plan,
                     const __grid_constant__ Cut cut) {
   using A = Accumulation<T>;
   constexpr int kPixels = Strip<T, vectors>::kPixels, kStrip = kPixels * kOctet * kThreads;
-  const int lanes = cut.lanes, groups = cut.groups, lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> plan.log_lanes;
-  const int part = blockIdx.x % cut.parts, tile = blockIdx.x / cut.parts % cut.tiles;
-  const int sample = blockIdx.x / cut.parts / cut.tiles;
-  const int filters = static_cast<int>(p.filters), first_filter = tile * plan.columns, filter = first_filter + lane * kOctet;
-  const int count = min(kOctet, filters - filter);
-
+  const int lanes = cut.lanes, lane = threadIdx.x & (lanes - 1);
+  const int groups = cut.groups, group = threadIdx.x >> plan.log_lanes;
+  const int filters = static_cast<int>(p.filters), width = static_cast<int>(p.windows.output[2]);
   A* base = reinterpret_cast<A*>(dynamic_shared());
-  A* kept = base + threadIdx.x * kPixels;
   A* weights = base + cut.shared.weights;
   A* scratch = base + cut.shared.scratch;
   A* totals = base + cut.shared.totals;
@@ -312,13 +323,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   A* own = base + cut.shared.own + threadIdx.x * kPixels;
   int* seen = reinterpret_cast<int*>(base + cut.shared.seen);
 
+  Place& place = *reinterpret_cast<Place*>(seen + plan.columns);
+  const int part = blockIdx.x % cut.parts, tile = blockIdx.x / cut.parts % cut.tiles;
+  const int sample = blockIdx.x / cut.parts / cut.tiles, first_filter = tile * plan.columns;
+  if (threadIdx.x == 0) {
+    const int first_strip = part * cut.of_block;
+    place = {sample, first_filter, first_strip, min(cut.of_block, cut.strips - first_strip)};
+  }
+
   // As far apart as they are in memory, weights are read in the order in which shared memory likes them.
   const T* from = static_cast<const T*>(p.weight) + int64_t(first_filter) * cut.weights;
   for (int i = threadIdx.x; i < plan.columns * cut.weights; i += kThreads) {
     const int column = i & (plan.columns - 1), weight = i >> (plan.log_lanes + 3);
-    const bool exists = first_filter + column < filters;
     weights[weight * plan.columns + place_of<A>(column, lanes)] =
-        exists ? widen(__ldg(from + int64_t(column) * cut.weights + weight)) : A(0);
+        first_filter + column < filters ? widen(__ldg(from + int64_t(column) * cut.weights + weight)) : A(0);
   }
   if (int(threadIdx.x) < plan.columns) {
     const int existing = min(first_filter + int(threadIdx.x), filters - 1);
@@ -327,13 +345,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_sums(own, {});
   __syncthreads();
 
-  const Row<T, vectors> row(p, cut, sample, filter, seen + lane * kOctet);
-  // Of the block; none for a thread that has no filters.
-  const int strips = count > 0 ? min(cut.of_block, cut.strips - part * cut.of_block) : 0;
-  const int width = static_cast<int>(p.windows.output[2]);
+  const Row<T, vectors> row(p, cut, sample, first_filter + lane * kOctet, seen + lane * kOctet);
+  const bool exists = first_filter + lane * kOctet < filters;
+  const auto kept_of = [&](int index) {
+    return base + (index >> (kLogThreads - plan.log_lanes)) * kStrip + threadIdx.x * kPixels;
+  };
   Strip<T, vectors> strip;
   const auto convolve = [&](int index) {
-    index += part * cut.of_block;
+    index += place.first_strip;
     const int line = cut.row(index), plane = cut.plane(line), q = (index - line * int(cut.row.by)) * kPixels;
     strip.convolve(p, cut, row, weights + lane * kPixels,
                    plane * int(p.windows.stride[0]) - int(p.windows.padding[0]),
@@ -342,71 +361,70 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const auto finish = [&](int index) {
     const Epilogue<T> epilogue(p);
-    index += part * cut.of_block;
+    index += place.first_strip;
     const int line = cut.row(index), q = (index - line * int(cut.row.by)) * kPixels, pixels = min(kPixels, width - q);
-    const int64_t first = sample * p.pixels() + line * width + q;
-    const auto finish_pixel = [&](int64_t pixel, const A (&sums)[kOctet], auto rectified) {
-      A z[kOctet];
-#pragma unroll
-      for (int j = 0; j < kOctet; j += kPixels) {
-        A gain[kPixels], shift[kPixels];
-        load_vector_of(gains + (j * lanes + lane * kPixels), gain);
-        load_vector_of(shifts + (j * lanes + lane * kPixels), shift);
-#pragma unroll
-        for (int i = 0; i < kPixels; ++i) z[j + i] = gain[i] * sums[j + i] + shift[i];
-      }
-      epilogue.template store<rectified()>(pixel, filter, count, z);
-    };
-    if (is_rectified(p.activation)) {
+    const int64_t first = place.sample * p.pixels() + line * width + q;
+    const int filter = place.first_filter + lane * kOctet, count = min(kOctet, filters - filter);
+    const A* gains_of_lane = gains + lane * kPixels;
+    const A* shifts_of_lane = shifts + lane * kPixels;
+    if (sizeof(A) == 4 && is_rectified(p.activation)) {
+      A gain[kOctet], shift[kOctet];
+      load_weights(gains_of_lane, lanes, gain);
+      load_weights(shifts_of_lane, lanes, shift);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
-        if (i < pixels) finish_pixel(first + i, strip.sums[i], std::true_type{});
+        A z[kOctet];
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) z[j] = gain[j] * strip.sums[i][j] + shift[j];
+        if (i < pixels) epilogue.template store<true>(first + i, filter, count, z);
       }
     } else {
       // Moves are less than as many copies of all activations as a strip has pixels.
 #pragma unroll 1
       for (int i = 0; i < pixels; ++i) {
-        finish_pixel(first + i, strip.sums[0], std::false_type{});
+        A z[kOctet], shift[kOctet];
+        load_weights(gains_of_lane, lanes, z);
+        load_weights(shifts_of_lane, lanes, shift);
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) z[j] = z[j] * strip.sums[0][j] + shift[j];
+        epilogue.store(first + i, filter, count, z);
         strip.move_up();
       }
     }
   };
 
   if (p.centred) {
-    for (int index = group; index < strips; index += groups) {
+    for (int index = group; exists && index < place.strips; index += groups) {
       convolve(index);
-      const int column = (part * cut.of_block + index) - cut.row(part * cut.of_block + index) * int(cut.row.by);
+      const int of_map = place.first_strip + index, column = of_map - cut.row(of_map) * int(cut.row.by);
       strip.add_to(own, width - column * kPixels);
-      if (!plan.held || index + groups >= strips) continue;
-      strip.keep(kept);
-      kept += kStrip;
+      if (plan.held && index + groups < place.strips) strip.keep(kept_of(index));
     }
     A sums[kOctet];
     load_sums(own, sums);
     sum_rows<kOctet>(sums, plan.log_lanes, scratch, totals);
     if (plan.cluster > 1) sum_cluster(totals, plan.columns, plan.cluster, scratch);
   }
-  const int o = first_filter + threadIdx.x;
+  const int o = place.first_filter + threadIdx.x;
   if (int(threadIdx.x) < plan.columns && o < filters) {
     const A gain = p.gain ? static_cast<const A*>(p.gain)[o] : A(1);
     A shift = p.bias ? static_cast<const A*>(p.bias)[o] : A(0);
     if (p.centred) {
       const A sum = (plan.cluster > 1 ? scratch : totals)[threadIdx.x], mean = gain * (sum / A(p.pixels()));
       shift -= (p.mean_scale ? static_cast<const A*>(p.mean_scale)[o] : A(p.constant)) * mean;
-      if (part == 0) static_cast<A*>(p.map_mean)[int64_t(sample) * filters + o] = mean;
+      if (place.first_strip == 0) static_cast<A*>(p.map_mean)[int64_t(place.sample) * filters + o] = mean;
     }
     gains[place_of<A>(threadIdx.x, lanes)] = gain;
     shifts[place_of<A>(threadIdx.x, lanes)] = shift;
   }
   __syncthreads();
   // Backwards, to begin with what is still in registers and caches.
-  for (int index = (cut.steps - 1) * groups + group; index >= 0; index -= groups) {
-    if (index >= strips) continue;
+  for (int index = (cut.steps - 1) * groups + group; exists && index >= 0; index -= groups) {
+    if (index >= place.strips) continue;
     if (!plan.held) {
       convolve(index);
-    } else if (index + groups < strips) {
-      kept -= kStrip;
-      strip.recall(kept);
+    } else if (index + groups < place.strips) {
+      strip.recall(kept_of(index));
     }
     finish(index);
   }
@@ -420,7 +438,8 @@ cudaError_t launch_conv_direct(const ConvForward& p, const ConvPlan& plan, cudaS
     using T = std::remove_pointer_t<decltype(type)>;
     const Cut cut(p, plan, sizeof(T), sizeof(Accumulation<T>));
     const bool depthwise = p.groups == p.channels && p.groups == p.filters;
-    const bool vectors = depthwise && p.channels % kOctet == 0 && reinterpret_cast<uintptr_t>(p.input) % kVectorBytes == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(p.input) % kVectorBytes == 0;
+    const bool vectors = depthwise && aligned && p.channels % kOctet == 0;
     const auto kernel = vectors ? convolve_groups<T, true> : convolve_groups<T, false>;
     return launch(kernel, plan.blocks, kThreads, plan.shared, plan.cluster, stream, p, plan, cut);
   });

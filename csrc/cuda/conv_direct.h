@@ -18,8 +18,8 @@ constexpr int64_t strips_of_map(const Windows& windows, int strip) {
 }
 
 // Two pixels of a strip often see the same number, by taps some columns apart: by the next tap if the stride is the
-// dilation, by the next but one if it is twice that. Then all taps of a row are gone through in as many phases, in each of
-// which a strip sees a row of numbers that moves along by one from tap to tap. Else each tap is a phase of its own.
+// dilation, by the next but one if it is twice that. Then all taps of a row are gone through in as many phases, in each
+// of which a strip sees a row of numbers that moves along by one from tap to tap. Else each tap is a phase of its own.
 constexpr int64_t phases_of(const Windows& w) {
   const int64_t phases = w.stride[2] / w.dilation[2];
   return w.stride[2] % w.dilation[2] == 0 && phases < w.kernel[2] ? phases : w.kernel[2];
@@ -30,8 +30,10 @@ constexpr int64_t steps_of(const ConvPlan& plan, int strip) {
   return ceil_divide(plan.rows, int64_t(strip) * (kThreads >> plan.log_lanes));
 }
 
-// Where things begin in the block's shared memory, in elements of the accumulation type. Sums that are kept come first; those
-// of a thread's last strip stay in its registers.
+constexpr int64_t kPlace = 4;
+
+// Where things begin in the block's shared memory, in elements of the accumulation type. Sums that are kept come first;
+// those of a thread's last strip stay in its registers.
 struct DirectShared {
   int64_t weights;
   int64_t scratch;  // then the totals of the cluster
@@ -39,7 +41,7 @@ struct DirectShared {
   int64_t shifts;
   int64_t gains;
   int64_t own;     // the sums of each thread
-  int64_t seen;    // the channels that filters see
+  int64_t seen;    // the channels that filters see, then the block's place
   int64_t end;
 
   constexpr DirectShared(const ConvPlan& plan, int64_t weights_of_filter, int size_of_sum)
@@ -50,7 +52,7 @@ struct DirectShared {
         gains(shifts + plan.columns),
         own(gains + plan.columns),
         seen(own + kThreads * kFilters),
-        end(seen + plan.columns) {}
+        end(seen + plan.columns + kPlace) {}
 };
 
 }  // namespace deepcontrol::cuda

@@ -17,8 +17,8 @@ constexpr int kRow = 64, kShortestRow = 32;
 int size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 int size_of_sum(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
-// How a map is cut, and so how it is summed, depends on the map alone, never on how many there are: so a sample's result
-// has the same bits in whatever batch it comes.
+// How a map is cut, and so how it is summed, depends on the map alone, never on how many there are: so a sample's
+// result has the same bits in whatever batch it comes.
 class Planner {
  public:
   Planner(const ConvCase& c, const Device& device)
@@ -29,9 +29,9 @@ class Planner {
         weights_(c.windows.taps() * c.group_channels()) {}
 
   ConvPlan plan() const {
-    ConvPlan plan = choose();
-    plan.seconds = seconds(plan);
-    return plan;
+    ConvPlan chosen = choose();
+    chosen.seconds = seconds(chosen);
+    return chosen;
   }
 
   ConvPlan cut(int lanes, bool held, int cluster, int64_t strips_of_block) const {
@@ -78,23 +78,33 @@ class Planner {
     return cut(lanes, false, cluster, ceil_divide(strips_, cluster));
   }
 
-  // Bytes over the memory's ceiling, or those between the first-level cache, which shared memory is too, and registers
-  // over its ceiling, or instructions: a multiprocessor's 128 lanes start as many in a clock as that cache gives bytes.
+  // The larger of three: bytes over the memory's ceiling; those that the first-level cache, which shared memory is too,
+  // gives to registers over its ceiling; and instructions, of which a multiprocessor starts those of 128 lanes a clock,
+  // as many as that cache gives bytes. Instructions are those counted in the code for sm_90.
   double seconds(const ConvPlan& plan) const {
     const Ceilings ceilings = ceilings_of(device_);
     const double size = size_of(c_.dtype), size_of_weight = size_of_sum(c_.dtype);
     const double input = c_.samples * c_.input_pixels() * c_.channels * size, output = c_.rows() * c_.filters * size;
-    const double moved = input + output + c_.filters * weights_ * size + c_.rows() * c_.filters / 8.0;
-    // Of a strip and its octet, for each row of taps.
+    const double sweeps = c_.centred && !plan.held ? 2 : 1;
+    // More maps are under way than the second-level cache holds, unless a cluster shares one.
+    const double reads = plan.cluster > 1 ? 1 : sweeps;
+    const double moved = reads * input + output + c_.filters * weights_ * size + c_.rows() * c_.filters / 8.0;
+    // Of one octet and strip, for each row of taps.
+    const bool depthwise = c_.groups == c_.channels && c_.groups == c_.filters;
+    const bool vectors = depthwise && c_.aligned && c_.channels % kFilters == 0;
     const int64_t kernel = c_.windows.kernel[2], phases = phases_of(c_.windows);
     const double loads = phases * (strip_ - 1) + kernel, rows = static_cast<double>(weights_) / kernel;
     const double bytes = kFilters * (loads * size + kernel * size_of_weight);
-    const double instructions = kFilters * (loads * (size == 2 ? 1 : 0) + kernel * strip_ * (size == 8 ? 2 : 1));
-    const double times = c_.centred && !plan.held ? 2 : 1;
-    const double per_strip = times * rows * std::max(bytes, instructions);
-    // As if all threads of all blocks had strips.
-    const double strips = static_cast<double>(plan.blocks) * kThreads * steps_of(plan, strip_);
-    return std::max(moved / ceilings.bytes, strips * per_strip / ceilings.cached);
+    const double load = vectors ? 7 + (size == 2 ? kFilters : 0) : 5 * kFilters;
+    const double products = kFilters * strip_ * (size == 8 ? 2 : 1);
+    const double instructions = 50 * phases + loads * load + kernel * (products + 2);
+    const double per_pixel = 110;
+    const double of_strip = std::max(sweeps * rows * bytes, sweeps * rows * instructions + per_pixel * strip_);
+    // As if every thread had as many strips as its block allows, and every multiprocessor as many blocks as the
+    // busiest.
+    const int64_t blocks = ceil_divide(plan.blocks, device_.processors) * device_.processors;
+    const double strips = static_cast<double>(blocks) * kThreads * steps_of(plan, strip_);
+    return std::max(moved / ceilings.bytes, strips * of_strip / ceilings.cached);
   }
 
   ConvCase c_;
@@ -111,22 +121,22 @@ std::optional<std::string> why_not_direct(const ConvCase& c, const Device& devic
   if (c.groups == 1) return "all channels are one group";
   if (c.group_channels() > kMostChannels) return "groups have more than " + std::to_string(kMostChannels) + " channels";
   if (c.rows() * c.filters * c.input_pixels() * c.channels == 0) return "there is nothing to compute";
-  // Pixels, filters and bytes of a row are counted in 32 bits.
+  // Pixels, filters, weights of a block and bytes of a row are counted in 32 bits.
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
-  int64_t row = 1;
+  const Windows& w = c.windows;
+  int64_t columns = 0;
   for (int i = 0; i < 3; ++i) {
-    const Windows& w = c.windows;
-    const int64_t seen = w.size[i] + w.padding[i] + (w.output[i] + 8) * w.stride[i] + w.kernel[i] * w.dilation[i];
-    if (seen > kMost) return "a map is too large";
-    row = seen;
+    // Of the input, from its padding to what the last strip sees.
+    columns = w.padding[i] + w.size[i] + (w.output[i] + kFilters) * w.stride[i] + w.kernel[i] * w.dilation[i];
+    if (columns > kMost) return "a map is too large";
   }
-  if (row > kMost / (c.channels * size_of(c.dtype)) || c.input_pixels() > kMost || c.pixels() > kMost) {
+  if (columns > kMost / (c.channels * size_of(c.dtype)) || c.input_pixels() > kMost || c.pixels() > kMost) {
     return "a map is too large";
   }
-  if (c.filters > kMost || c.windows.taps() > kMost) return "there are too many filters";
-  const ConvPlan smallest = Planner(c, device).cut(1, false, 1, 1);
-  if (smallest.shared > device.shared_memory) return "filters of " + std::to_string(c.windows.taps()) + " taps are too long";
-  if (Planner(c, device).plan().blocks > std::numeric_limits<int32_t>::max()) return "there are too many maps";
+  if (c.filters > kMost) return "there are too many filters";
+  const Planner planner(c, device);
+  if (planner.cut(1, false, 1, 1).shared > device.shared_memory) return "the weights of eight filters are too many";
+  if (planner.plan().blocks > std::numeric_limits<int32_t>::max()) return "there are too many maps";
   return std::nullopt;
 }
 
