@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from deepcontrol_cuda import backends
 torch.set_num_threads(2)
 
 ROOT = Path(__file__).resolve().parents[1]
+_BEHIND = ["nice"] if shutil.which("nice") else []
 
 # GPUs that the harness of tests/host_cuda plays: an H100 and an A100, and both with so little shared memory that even
 # small tensors already need clusters, or sums and apply in two launches.
@@ -76,38 +78,44 @@ def backend(request):
 
 
 # Of the tests of every backend those whose launches are few and small: NumPy plays their programs one after the other.
-_INTERPRETED = """
-    test_triton_kernels
-    or test_ops and (
-        test_center and f32 and not large or test_center and residual-silu or large_maps and relu and f32
-        or test_window_mean and f32 and not 3d-contiguous
-        or project or one_pixel or edge or strange or raw_ops or no_channels or squeezed
-        or small_gains or in_place or bits_unpack or nan or bit_equal and contiguous
-        or a_sample_does_not
-    )
-    or test_autograd and (
-        derivatives and silu and channels_last or one_operand or project or bytes_kept and contiguous
-    )
-"""
+_INTERPRETED = {
+    "kernels": "test_triton_kernels",
+    "ops": """
+        test_ops and (
+            test_center and f32 and not large or test_center and residual-silu or large_maps and relu and f32
+            or test_window_mean and f32 and not 3d-contiguous
+            or project or one_pixel or edge or strange or raw_ops or no_channels or squeezed
+            or small_gains or in_place or bits_unpack or nan or bit_equal and contiguous
+            or a_sample_does_not
+        )
+        or test_autograd and (
+            derivatives and silu and channels_last or one_operand or project or bytes_kept and contiguous
+        )
+    """,
+}
 # Processes that tests of the Triton backend wait for, by the file of the tests.
 _TRITON_PROCESSES = {
     "test_triton.py": {
-        "interpreter": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " ".join(_INTERPRETED.split()), "tests"]
+        name: ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " ".join(chosen.split()), "tests"]
+        for name, chosen in _INTERPRETED.items()
     },
     "test_triton_compiles.py": {f"sm_{n}": ["-m", "tests.triton_compile", f"{n}"] for n in (80, 90)},
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def triton_process(request, tmp_path_factory):
-    """Waits for a process and returns its status, output and errors; all that the tests need run side by side."""
+    """Waits for a process and returns its status, output and errors.
+
+    All that the chosen tests need run from the beginning, behind the other tests: they are the last to be waited for.
+    """
     folder = tmp_path_factory.mktemp("triton")
     running = {}
     for file in {item.path.name for item in request.session.items} & _TRITON_PROCESSES.keys():
         for name, arguments in _TRITON_PROCESSES[file].items():
-            environment = os.environ | ({"TRITON_INTERPRET": "1"} if name == "interpreter" else {})
+            environment = os.environ | ({"TRITON_INTERPRET": "1"} if name in _INTERPRETED else {})
             with open(folder / name, "w") as output, open(folder / f"{name}.errors", "w") as errors:
-                command = [sys.executable, *arguments]
+                command = [*_BEHIND, sys.executable, *arguments]
                 running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=errors)
 
     def wait(name: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter, in a process of its own: Triton asks for that when it is imported."""
+"""The Triton backend in Triton's interpreter, in processes of their own: Triton asks for that when it is imported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ pytestmark = [
 ]
 
 
-def test_interpreted(triton_process):
+@pytest.mark.parametrize("which", ["kernels", "ops"])
+def test_interpreted(triton_process, which):
     """test_triton_kernels.py, and the tests of every backend's values and gradients that ``conftest`` picks."""
-    status, output, errors = triton_process("interpreter")
+    status, output, errors = triton_process(which)
     assert status == 0, f"{output[-6000:]}\n{errors[-2000:]}"
     assert " passed" in output
