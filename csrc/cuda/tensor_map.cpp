@@ -31,6 +31,17 @@ CUtensorMapDataType type_of(Dtype dtype) {
 // All that a driver can have against a map is in its arguments.
 cudaError_t outcome(CUresult result) { return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue; }
 
+// In maps of small tensors, drivers up to CUDA 13.1 leave a bit that CUTLASS takes out (include/cute/atom/
+// copy_traits_sm90_tma.hpp and copy_traits_sm90_im2col.hpp), and so does this.
+cudaError_t mend(CUtensorMap& map, cuuint64_t bytes) {
+  constexpr int kNewestToMend = 13010, kWord = 1;
+  constexpr cuuint64_t kSmall = 128 * 1024, kBit = cuuint64_t{1} << 21;
+  int version = 0;
+  const cudaError_t failed = cudaDriverGetVersion(&version);
+  if (failed == cudaSuccess && version <= kNewestToMend && bytes < kSmall) map.opaque[kWord] &= ~kBit;
+  return failed;
+}
+
 }  // namespace
 
 cudaError_t map_pixels(CUtensorMap& map, Dtype dtype, const void* input, int64_t samples, int64_t channels,
@@ -56,9 +67,11 @@ cudaError_t map_pixels(CUtensorMap& map, Dtype dtype, const void* input, int64_t
   }
   sizes[rank - 1] = flat ? samples * windows.size[0] : samples;
   steps[rank - 1] = 1;
-  return outcome(encode(&map, type_of(dtype), rank, const_cast<void*>(input), sizes, strides, lower, upper, kBoxChannels,
-                        pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  const cudaError_t failed =
+      outcome(encode(&map, type_of(dtype), rank, const_cast<void*>(input), sizes, strides, lower, upper, kBoxChannels,
+                     pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return failed == cudaSuccess ? mend(map, strides[rank - 2] * sizes[rank - 1]) : failed;
 }
 
 cudaError_t map_filters(CUtensorMap& map, Dtype dtype, const void* weight, int64_t filters, int64_t taps,
@@ -68,9 +81,11 @@ cudaError_t map_filters(CUtensorMap& map, Dtype dtype, const void* weight, int64
   const cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(taps), cuuint64_t(filters)};
   const cuuint64_t strides[] = {sizes[0] * kBytes, sizes[0] * sizes[1] * kBytes};
   const cuuint32_t box[] = {kBoxChannels, 1, cuuint32_t(count)}, steps[] = {1, 1, 1};
-  return outcome(encode(&map, type_of(dtype), 3, const_cast<void*>(weight), sizes, strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  const cudaError_t failed =
+      outcome(encode(&map, type_of(dtype), 3, const_cast<void*>(weight), sizes, strides, box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return failed == cudaSuccess ? mend(map, strides[1] * sizes[2]) : failed;
 }
 
 }  // namespace deepcontrol::cuda

@@ -767,6 +767,11 @@ void __ubsan_handle_type_mismatch_v1_abort(const Misaligned* access, uintptr_t a
 #endif
 
 // The driver's functions that a kernel's host code asks the runtime for.
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
   const std::string name = symbol;
