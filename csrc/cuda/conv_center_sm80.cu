@@ -8,10 +8,10 @@
 // launch adds the parts from the workspace: then that one takes the means.
 //
 // A block has eight warps and a tile. Operands come by cp.async through a ring of stages, 128 bytes of every row in
-// each, swizzled. A thread brings one chunk of 16 bytes of every 32nd row: for each it keeps where the first tap sees the
-// input, an offset of 32 bits, and a word that tells which taps miss it. A step's tap, how far ahead it is and its bit
-// are found once for all of them. Taps share a step, so any number of chunks fills it. Channels that are no multiple of
-// 16 bytes, and tensors that are not aligned, come element by element.
+// each, swizzled. A thread brings one chunk of 16 bytes of every 32nd row. What the first tap sees of the input at each
+// row, and a word of bits that tells which taps miss it, are in a table; how far ahead a step's tap is, and its bit, a
+// thread finds once for all its rows. Taps share a step, so any number of chunks fills it. Channels that are no
+// multiple of 16 bytes, and tensors that are not aligned, come element by element.
 
 #include "conv_epilogue.cuh"
 #include "conv_tiles.h"
@@ -124,28 +124,31 @@ class Vectors {
                                      int step)
       : p_(p), job_(job) {
     const int chunk = threadIdx.x % kStepChunks, first = threadIdx.x / kStepChunks;
+    table_ = table + first;
     k_ = step * kStepChunks + chunk;
     to_ = swizzled(first, chunk);
-#pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      const Row row = table[first + i * kRowsApart];
-      offset_[i] = row.pixel * job.input_pitch + place.group * int(job.run.by);
-      missing_[i] = row.missing;
-    }
+    first_channel_ = place.group * job.run.by;
     weight_offset_ = (place.filter + first) * job.terms;
     columns_left_ = job.group_filters - place.column - first;
   }
 
   __device__ __forceinline__ void load(unsigned char* stage) {
     const Term term(job_, k_);
-    const unsigned char* const input = static_cast<const unsigned char*>(p_.input) +
-                                       int64_t(term.ahead * job_.input_pitch + term.within) * kVectorBytes;
-    const unsigned char* const weight = static_cast<const unsigned char*>(p_.weight) + int64_t(k_) * kVectorBytes;
+    const int ahead = term.ahead * job_.input_pitch + first_channel_ + term.within;
+    const auto* input = static_cast<const unsigned char*>(p_.input) + int64_t(ahead) * kVectorBytes;
+    const auto* weight = static_cast<const unsigned char*>(p_.weight) + int64_t(k_) * kVectorBytes;
     unsigned char* to = stage + to_;
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      copy_async_16_or_zero(to + i * kRowsApart * kStepBytes, input + int64_t(offset_[i]) * kVectorBytes,
-                            term.exists && !(missing_[i] & term.need));
+    for (int first = 0; first < kRowsOfThread; first += kRowsTogether) {
+      Row row[kRowsTogether];
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) row[i] = table_[(first + i) * kRowsApart];
+#pragma unroll
+      for (int i = 0; i < kRowsTogether; ++i) {
+        copy_async_16_or_zero(to + (first + i) * kRowsApart * kStepBytes,
+                              input + int64_t(row[i].pixel * job_.input_pitch) * kVectorBytes,
+                              term.exists && !(row[i].missing & term.need));
+      }
     }
     to += rows * kStepBytes;
 #pragma unroll
@@ -160,13 +163,12 @@ class Vectors {
  private:
   static constexpr int kRowsApart = kThreads / kStepChunks;
   static constexpr int kRowsOfThread = rows / kRowsApart, kColumnsOfThread = columns / kRowsApart;
+  static constexpr int kRowsTogether = kRowsOfThread < 4 ? kRowsOfThread : 4;
 
   const ConvForward& p_;
   const Job& job_;
-  // In chunks, from the tensor's beginning.
-  int offset_[kRowsOfThread], weight_offset_;
-  unsigned missing_[kRowsOfThread];
-  int columns_left_, to_, k_;
+  const Row* table_;  // from the thread's first row on
+  int k_, to_, first_channel_, weight_offset_, columns_left_;
 };
 
 // The same element by element. A warp has a row at a time and a lane four bytes of it, so that neighbours in memory are
@@ -376,8 +378,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kConvTiles[tile], ve
   Warp product(warp_row, warp_column);
 
   {
-    // Vectors need the table only until the last stage is written, behind the first barrier of the pipeline.
-    Row* const table = reinterpret_cast<Row*>(shared + ring - (vectors ? kStageBytes : 0));
+    Row* const table = reinterpret_cast<Row*>(shared + ring);
     make_table(job, place, kRows, table);
     Loader loader(p, job, place, table, first_step);
     int loaded = 0, write = 0;

@@ -5,8 +5,8 @@
 //
 // It is small beside the layer, but deep: so a block has 32 samples and 32 filters only, and its eight warps share the
 // sum, 32 terms each at a time, straight from the caches to registers. Which terms go into which product is free, so a
-// lane's are four neighbours. Products are of TF32 numbers, two for a mean and, of f32, two for a weight; 16-bit weights
-// are TF32 numbers already. That is exact to some 2^-21. A block reads 32 * terms * (4 + bytes of a weight) bytes.
+// lane's are four neighbours. Products are of TF32 numbers, two for a mean and, of f32, two for a weight; 16-bit
+// weights are TF32 numbers already. That is exact to some 2^-21. A block reads 32 * terms * (4 + bytes of a weight) bytes.
 
 #include "division.cuh"
 #include "launch.cuh"

@@ -76,7 +76,7 @@ class Planner {
       return {};
     }
     plan.blocks = ceil_divide(c_.rows(), height) * ceil_divide(c_.group_filters(), tile.columns) * c_.groups * splits;
-    plan.shared = shared_memory_of(tile, stages, vectors_, splits > 1 ? 0 : plan.samples);
+    plan.shared = shared_memory_of(tile, stages, splits > 1 ? 0 : plan.samples);
     if (splits > 1) plan.workspace = splits * c_.rows() * split_pitch(tile, c_.group_filters(), c_.groups) * 4;
     if (plan.shared > device_.shared_memory || plan.workspace > kMostWorkspace) return {};
     plan.seconds = std::max(clocks_of_tiles(tile, plan) / clock_, moved() / bytes_) + clocks_of_others(plan) / clock_;

@@ -27,7 +27,7 @@ constexpr int kFewestStages = 3, kMostStages = 5;
 // A stage of the pipeline has so much of every row.
 constexpr int kConvStepBytes = 128;
 constexpr int64_t bytes_of_stage(const ConvTile& tile) { return int64_t(tile.rows + tile.columns) * kConvStepBytes; }
-// A block has a table of its rows, which it keeps where they are loaded element by element.
+// What a block knows of a row.
 constexpr int kConvRowBytes = 8;
 
 // Sums wait for the epilogue as rows of floats, 8 more than there are columns: so neither writing pairs nor reading
@@ -40,8 +40,8 @@ constexpr int64_t bytes_of_means(int samples, int columns) {
   return int64_t(std::max(samples, summing_threads(columns))) * columns * 4;
 }
 // With `samples` whole maps in a tile, or none.
-constexpr int64_t shared_memory_of(const ConvTile& tile, int stages, bool vectors, int samples) {
-  const int64_t pipeline = stages * bytes_of_stage(tile) + (vectors ? 0 : tile.rows * kConvRowBytes);
+constexpr int64_t shared_memory_of(const ConvTile& tile, int stages, int samples) {
+  const int64_t pipeline = stages * bytes_of_stage(tile) + tile.rows * kConvRowBytes;
   const int64_t sums = bytes_of_sums(tile.rows, tile.columns);
   return std::max(pipeline, sums + (samples ? bytes_of_means(samples, tile.columns) : 0));
 }

@@ -8,8 +8,8 @@ namespace deepcontrol::cuda {
 constexpr int kStepBytes = 128;  // of a row, in one stage of a pipeline
 constexpr int kStepChunks = kStepBytes / 16;
 
-// Where a 16-byte chunk of a row lies. Eight rows have the same chunk in different banks, as have eight chunks of a row:
-// so neither ldmatrix nor cp.async meets a conflict.
+// Where a 16-byte chunk of a row lies. Eight rows have the same chunk in different banks, as have eight chunks of a
+// row: so neither ldmatrix nor cp.async meets a conflict.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kStepBytes + ((chunk ^ row % 8) << 4); }
 
 // The sums of a warp, `rows` by `columns`, of products of T. Both operands are [row or column][k].
