@@ -32,7 +32,6 @@ namespace deepcontrol::cuda {
 namespace {
 
 using Layout = LayoutSm90;
-static_assert(Layout::kStepChannels == kBoxChannels);
 
 constexpr int kGroupRows = Layout::kGroupRows, kConsumers = Layout::kConsumers, kWarpsOfGroup = Layout::kWarpsOfGroup;
 constexpr int kGroupThreads = 128, kBlockThreads = (kConsumers + 1) * kGroupThreads;
@@ -159,7 +158,7 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
           const unsigned short ahead_d = kd * int(w.dilation[0]), ahead_h = kh * int(w.dilation[1]);
           const unsigned short ahead_w = kw * int(w.dilation[2]);
           for (int chunk = 0; chunk < work.chunks; ++chunk) {
-            const int channel = chunk * kBoxChannels;
+            const int channel = chunk * Layout::kStepChannels;
             unsigned char* stage = shared.stages + ring.stage * stage_bytes;
             uint64_t* full = shared.full + ring.stage;
             wait_barrier(shared.empty + ring.stage, ring.parity ^ 1);
@@ -505,7 +504,7 @@ cudaError_t launch_conv_sm90(const ConvForward& p, const ConvPlan& plan, cudaStr
   const Windows& w = p.windows;
   const int64_t rows = p.samples * p.pixels(), span = plan.held ? plan.samples * p.pixels() : plan.rows;
   const int64_t group_columns = ceil_divide(p.group_filters(), plan.columns), columns = p.groups * group_columns;
-  const int64_t chunks = ceil_divide(p.group_channels(), kBoxChannels);
+  const int64_t chunks = ceil_divide(p.group_channels(), Layout::kStepChannels);
   Work work{};
   cudaError_t failed = map_pixels(work.input, p.dtype, p.input, p.samples, p.channels, w, plan.used);
   if (failed == cudaSuccess) {

@@ -3,7 +3,12 @@
 
 #include <cstdint>
 
+#include "../types.h"
+
 namespace deepcontrol::cuda {
+
+// Whether depth is no dimension of the kernel's own: then it counts as more samples, and tensor maps have one less.
+constexpr bool is_flat(const Windows& w) { return w.kernel[0] == 1 && w.stride[0] == 1 && w.padding[0] == 0; }
 
 struct LayoutSm90 {
   static constexpr int kGroupRows = 128;   // of a tile, that one warpgroup of consumers has

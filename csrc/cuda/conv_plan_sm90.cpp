@@ -4,7 +4,6 @@
 
 #include "conv_layout_sm90.h"
 #include "conv_plan.h"
-#include "tensor_map.h"
 
 namespace deepcontrol::cuda {
 

@@ -1,5 +1,7 @@
 #include "tensor_map.h"
 
+#include "conv_layout_sm90.h"
+
 namespace deepcontrol::cuda {
 
 namespace {
@@ -68,9 +70,9 @@ cudaError_t map_pixels(CUtensorMap& map, Dtype dtype, const void* input, int64_t
   sizes[rank - 1] = flat ? samples * windows.size[0] : samples;
   steps[rank - 1] = 1;
   const cudaError_t failed =
-      outcome(encode(&map, type_of(dtype), rank, const_cast<void*>(input), sizes, strides, lower, upper, kBoxChannels,
-                     pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+      outcome(encode(&map, type_of(dtype), rank, const_cast<void*>(input), sizes, strides, lower, upper,
+                     LayoutSm90::kStepChannels, pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
   return failed == cudaSuccess ? mend(map, strides[rank - 2] * sizes[rank - 1]) : failed;
 }
 
@@ -80,7 +82,7 @@ cudaError_t map_filters(CUtensorMap& map, Dtype dtype, const void* weight, int64
   if (!encode) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(taps), cuuint64_t(filters)};
   const cuuint64_t strides[] = {sizes[0] * kBytes, sizes[0] * sizes[1] * kBytes};
-  const cuuint32_t box[] = {kBoxChannels, 1, cuuint32_t(count)}, steps[] = {1, 1, 1};
+  const cuuint32_t box[] = {LayoutSm90::kStepChannels, 1, cuuint32_t(count)}, steps[] = {1, 1, 1};
   const cudaError_t failed =
       outcome(encode(&map, type_of(dtype), 3, const_cast<void*>(weight), sizes, strides, box, steps,
                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -9,14 +9,8 @@
 
 namespace deepcontrol::cuda {
 
-// A box has 64 channels of 16 bits: rows of 128 bytes, which is what the widest swizzle turns.
-constexpr int kBoxChannels = 64;
-
-// Whether depth is a kernel's dimension of its own; else it counts as more samples.
-constexpr bool is_flat(const Windows& w) { return w.kernel[0] == 1 && w.stride[0] == 1 && w.padding[0] == 0; }
-
 // The input of a convolution, (N, D, H, W, C) of 16 bits, or (N D, H, W, C) if it is flat: a box is what one tap sees of
-// `pixels` consecutive pixels of the output.
+// `pixels` consecutive pixels of the output, a step of channels.
 cudaError_t map_pixels(CUtensorMap& map, Dtype dtype, const void* input, int64_t samples, int64_t channels,
                        const Windows& windows, int pixels);
 // A weight, (filters, taps, channels) of 16 bits: a box has one tap of `count` filters.
