@@ -23,17 +23,18 @@ double operation_seconds(const ConvCase& c, const Ceilings& ceilings) {
   return 2.0 * c.rows() * weights_of(c) / ceilings.operations * size_of(c.dtype) / 2;
 }
 
-// The library's convolution is taken to be as fast as the fastest kernel here, or it would be compared by its bounds with
-// kernels of which more is known. center reads and writes the output again, in place, and a bit for each element.
+// The library's convolution is taken to be as fast as the fastest kernel here where that has what it is made for, dense
+// channels in whole vectors: compared by its bounds alone it would win over kernels of which more is known. center reads
+// and writes the output again, in place, and a bit for each element.
 double two_passes_seconds(ConvCase c, const Device& device) {
   c.centred = false;
+  const double bound = library_seconds(c, device), output = double(c.rows()) * c.filters;
   std::optional<double> bare;
   for (const Algorithm& algorithm : algorithms()) {
-    if (algorithm.way == Way::two_passes || why_not(algorithm, c, device)) continue;
+    if (algorithm.way == Way::two_passes || c.groups > 1 || c.channels % 8 || why_not(algorithm, c, device)) continue;
     const double seconds = plan_conv(algorithm, c, device).seconds;
     bare = bare ? std::min(*bare, seconds) : seconds;
   }
-  const double bound = library_seconds(c, device), output = double(c.rows()) * c.filters;
   return std::max(bare.value_or(bound), bound) + output * (2 * size_of(c.dtype) + 1.0 / 8) / ceilings_of(device).bytes;
 }
 
