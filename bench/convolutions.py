@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +34,10 @@ CHECKED = (
 )
 
 
+Inputs = list[tuple[Tensor, Tensor | None]]
+Calls = dict[str, list[Callable[[], object]]]
+
+
 @dataclass(frozen=True)
 class Row:
     """Seconds by contestant of one shape, and errors of ours by backend and result.
@@ -54,10 +60,40 @@ class Row:
         return self.times[contestant].median / self.times[to].median
 
 
+@dataclass(frozen=True)
+class Algorithms:
+    """One shape by each algorithm of a backend that takes it; ``times`` of the forward pass have cuDNN's ``conv``."""
+
+    backend: str
+    setting: Setting
+    shape: str
+    layer: str
+    """As in ``measured.Time``."""
+    batch: int
+    bytes: int
+    """Of the forward pass, at least, and its ``operations``: two for a multiply-add."""
+    operations: int
+    times: dict[str, Times]
+    accuracies: dict[str, dict[str, Accuracy]]
+    wrong: dict[str, str]
+    """What was wrong by algorithm; those were not timed."""
+    refused: dict[str, str]
+    """Why the others do not take it."""
+
+
+def algorithms(backend: str) -> tuple[str, ...]:
+    """What a backend can be told to do for a convolution; none if there is no choice."""
+    # The CPU's ops may lie in one namespace with CUDA's.
+    chooses = hasattr(getattr(torch.ops, backends._compiled[backend].namespace), "prefer_algorithm")
+    return tuple(backends.ALGORITHMS) if chooses and backend != "cpu" else ()
+
+
 def timed() -> list[tuple[Shape, Setting, int]]:
     """What is timed and at which batch, the required ones first."""
     required = Setting("bfloat16", "channels_last", "forward"), Setting("bfloat16", "channels_last", "training")
     found = [(shape, mode, batch) for batch in (64, 256) for shape in SETS["resnet50_all"] for mode in required]
+    depthwise = [shape for shape in SETS["mobilenet_v2"] if shape.groups > 1]
+    found += [(shape, mode, 256) for shape in depthwise for mode in required]
     others = [("float16", "channels_last"), ("float32", "channels_last"), ("bfloat16", "contiguous")]
     for dtype, layout in others:
         found += [(shape, Setting(dtype, layout, "training"), 64) for shape in SETS["resnet50"]]
@@ -92,12 +128,36 @@ class _Operands:
         return layer.double() if self.dtype == torch.float64 else layer
 
 
-def check(shape: Shape, setting: Setting, batch: int, backend: str, device: str) -> dict[str, Accuracy]:
-    """Errors of ours against float64, with the budgets of ``runner.check``; raises ``WrongResultError``."""
+def check(
+    shape: Shape, setting: Setting, batch: int, backend: str, device: str, algorithm: str | None = None
+) -> dict[str, Accuracy]:
+    """Errors of ours against float64, with the budgets of ``runner.check``; raises ``WrongResultError``.
+
+    ``RefusedError`` tells that the algorithm does not take the layer.
+    """
     operands = _Operands(shape, setting, batch, device)
     step = Step(operands.layer("ours"), operands.input(), operands.grad_output(), not shape.reads_image)
-    with backends.use(backend):
-        return runner.check(step, f"ours at {shape}, {setting}")
+    what = f"ours at {shape}, {setting}" + (f", by {algorithm!r}" if algorithm else "")
+    try:
+        with _chosen(backend, algorithm):
+            return runner.check(step, what)
+    except RuntimeError as error:
+        refused = re.match(r"algorithm '[^']+': ([^\n]*)", str(error))
+        if refused is None:
+            raise
+        raise RefusedError(refused[1]) from error
+
+
+class RefusedError(RuntimeError):
+    """An algorithm does not take a layer."""
+
+
+def _chosen(backend: str, algorithm: str | None) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(backends.use(backend))
+    if algorithm is not None:
+        stack.enter_context(backends.prefer(algorithm, backend))
+    return stack
 
 
 def measure(shape: Shape, setting: Setting, batch: int, names: Sequence[str], clock: Clock, rounds: int) -> Row:
@@ -109,32 +169,78 @@ def measure(shape: Shape, setting: Setting, batch: int, names: Sequence[str], cl
         except WrongResultError as error:
             wrong[name] = str(error)
     operands = _Operands(shape, setting, batch, clock.device)
-    maps = shape.in_channels * shape.size**2 + shape.out_channels * shape.out_size**2
-    sets = min(8, max(2, math.ceil(4 * clock.cache_bytes / (batch * maps * operands.dtype.itemsize))))
-    inputs = [(operands.input(), operands.grad_output()) for _ in range(sets)]
+    inputs = _inputs(operands, clock)
     contestants = {name: list(_layer_calls(operands.layer(name), shape, inputs)) for name in PEERS}
     weight = operands.layer("conv").weight.detach()
     contestants |= _bare_calls(weight, shape, inputs)
     for name in accuracies:
-        contestants[name] = [_by(name, call) for call in _layer_calls(operands.layer("ours"), shape, inputs)]
+        contestants[name] = [_by(name, None, call) for call in _layer_calls(operands.layer("ours"), shape, inputs)]
         contestants |= _own_bare_calls(name, weight, shape, inputs)
+    times = _race(clock, contestants, rounds)
+    return Row(setting, str(shape), _place(shape), batch, times, accuracies, wrong)
+
+
+def measure_algorithms(
+    shape: Shape, setting: Setting, batch: int, backend: str, clock: Clock, rounds: int
+) -> Algorithms:
+    """Check ours by each algorithm that takes the layer, then time those that are right."""
+    accuracies, wrong, refused = {}, {}, {}
+    for name in algorithms(backend):
+        try:
+            accuracies[name] = check(shape, setting, batch, backend, clock.device, name)
+        except RefusedError as error:
+            refused[name] = str(error)
+        except WrongResultError as error:
+            wrong[name] = str(error)
+    operands = _Operands(shape, setting, batch, clock.device)
+    inputs = _inputs(operands, clock)
+    contestants = {}
+    if setting.mode == "forward":
+        contestants |= _bare_calls(operands.layer("conv").weight.detach(), shape, inputs)
+    for name in accuracies:
+        calls = _layer_calls(operands.layer("ours"), shape, inputs)
+        contestants[name] = [_by(backend, name, call) for call in calls]
+    times = _race(clock, contestants, rounds)
+    counts = bytes_and_operations(shape, operands.dtype, batch)
+    return Algorithms(
+        backend, setting, str(shape), _place(shape), batch, *counts, times, accuracies, wrong, refused
+    )  # fmt: skip
+
+
+def bytes_and_operations(shape: Shape, dtype: torch.dtype, batch: int) -> tuple[int, int]:
+    """Of the forward pass with ReLU: every tensor moved once, and a bit for each element of the output."""
+    input = batch * shape.in_channels * shape.size**2
+    output = batch * shape.out_channels * shape.out_size**2
+    of_filter = shape.in_channels // shape.groups * shape.kernel_size**2
+    moved = (input + shape.out_channels * of_filter + output) * dtype.itemsize + output // 8
+    return moved, 2 * output * of_filter
+
+
+def _place(shape: Shape) -> str:
+    kernel, stride = (shape.kernel_size,) * 2, (shape.stride,) * 2
+    return measured.layer(kernel, shape.in_channels, shape.out_channels, stride, shape.groups)
+
+
+def _race(clock: Clock, contestants: Calls, rounds: int) -> dict[str, Times]:
     # Each convolution by cuDNN's fastest way, which it finds in the first, untimed calls.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        times = race(clock, contestants, rounds)
-    kernel, stride = (shape.kernel_size,) * 2, (shape.stride,) * 2
-    layer = measured.layer(kernel, shape.in_channels, shape.out_channels, stride, shape.groups)
-    return Row(setting, str(shape), layer, batch, times, accuracies, wrong)
+        return race(clock, contestants, rounds)
 
 
-def _by(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+def _by(backend: str, algorithm: str | None, call: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
-        with backends.use(backend):
+        with _chosen(backend, algorithm):
             return call()
 
     return run
 
 
-Inputs = list[tuple[Tensor, Tensor | None]]
+def _inputs(operands: _Operands, clock: Clock) -> Inputs:
+    """As many as the cache cannot hold all of."""
+    shape = operands.shape
+    maps = shape.in_channels * shape.size**2 + shape.out_channels * shape.out_size**2
+    sets = min(8, max(2, math.ceil(4 * clock.cache_bytes / (operands.batch * maps * operands.dtype.itemsize))))
+    return [(operands.input(), operands.grad_output()) for _ in range(sets)]
 
 
 def _layer_calls(layer: nn.Module, shape: Shape, inputs: Inputs) -> Iterator[Callable[[], object]]:
@@ -154,7 +260,6 @@ def _layer_calls(layer: nn.Module, shape: Shape, inputs: Inputs) -> Iterator[Cal
             yield partial(training, x.detach().requires_grad_(not shape.reads_image), grad_output)
 
 
-Calls = dict[str, list[Callable[[], object]]]
 _MASKS = {"weight_grad": [False, True], "input_grad": [True, False]}
 
 

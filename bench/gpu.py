@@ -29,6 +29,7 @@ import torch
 from torch.utils import cpp_extension
 
 from deepcontrol_cuda import backends, measured, proven
+from deepcontrol_cuda.ceilings import BY_GENERATION, Ceilings
 from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
@@ -75,6 +76,7 @@ class Findings:
     measured: dict[str, list[Measured]] = field(default_factory=dict)
     """By backend."""
     layers: list[convolutions.Row] = field(default_factory=list)
+    algorithms: list[convolutions.Algorithms] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """What there was no time for."""
     error: str | None = None
@@ -265,11 +267,14 @@ def measure(findings: Findings, progress: Progress, clock: Clock, names: Sequenc
         for case in cases()
         for name in names
     ]
-    tasks += [
-        (f"{shape}, {setting}, batch {batch}", setting,
-         lambda layer=(shape, setting, batch): _time_layer(findings, layer, names, clock, rounds))
-        for shape, setting, batch in layers()
-    ]  # fmt: skip
+    for shape, setting, batch in layers():
+        layer, what = (shape, setting, batch), f"{shape}, {setting}, batch {batch}"
+        tasks.append((what, setting, partial(_time_layer, findings, layer, names, clock, rounds)))
+        for name in names:
+            # Contiguous maps leave no choice.
+            if setting.layout == "channels_last" and convolutions.algorithms(name):
+                task = partial(_time_algorithms, findings, layer, name, clock, rounds)
+                tasks.append((f"algorithms of {name}: {what}", setting, task))
     tasks.sort(key=lambda task: (task[1].dtype, task[1].layout) != ("bfloat16", "channels_last"))
     progress.say(f"times of {len(tasks)} kernels and layers")
     for i, (what, _, task) in enumerate(tasks):
@@ -306,6 +311,17 @@ def _time_layer(
     return list(row.wrong.values())
 
 
+def _time_algorithms(
+    findings: Findings, layer: tuple[Shape, Setting, int], backend: str, clock: Clock, rounds: int
+) -> list[str]:
+    """Of one backend that has a choice of them; what is wrong."""
+    found = convolutions.measure_algorithms(*layer, backend, clock, rounds)
+    findings.algorithms.append(found)
+    for text in found.wrong.values():
+        _convolution_is_wrong(findings, backend, found.setting, text)
+    return list(found.wrong.values())
+
+
 def _convolution_is_wrong(findings: Findings, backend: str, setting: Setting, text: str) -> None:
     for op in ("conv_center", "conv_center_backward"):
         findings.wrong[backend, op, setting.dtype, setting.layout] = text
@@ -328,21 +344,35 @@ def checks() -> list[Case]:
     return kernels.checks()
 
 
+def checked_layers() -> Sequence[Shape]:
+    return convolutions.CHECKED
+
+
 def _check(findings: Findings, backend: str, device: str) -> None:
     library = _library(backend)
     for case in checks():
         key = (backend, case.op, case.dtype, case.layout)
         _note(findings, key, lambda case=case: [kernels.check(case, library, device)])
-    for dtype, layout, shape in product(kernels.DTYPES, kernels.LAYOUTS, convolutions.CHECKED):
+    for dtype, layout, shape in product(kernels.DTYPES, kernels.LAYOUTS, checked_layers()):
         setting = Setting(dtype, layout, "training")
-        try:
-            found = convolutions.check(shape, setting, 4, backend, device)
-        except WrongResultError as error:
-            _convolution_is_wrong(findings, backend, setting, str(error))
-            continue
-        output = found.pop("output")
-        _note(findings, (backend, "conv_center", dtype, layout), lambda output=output: [output])
-        _note(findings, (backend, "conv_center_backward", dtype, layout), found.values)
+        chosen = convolutions.algorithms(backend) if layout == "channels_last" else ()
+        for algorithm in (None, *chosen):
+            _check_layer(findings, backend, shape, setting, device, algorithm)
+
+
+def _check_layer(
+    findings: Findings, backend: str, shape: Shape, setting: Setting, device: str, algorithm: str | None
+) -> None:
+    try:
+        found = convolutions.check(shape, setting, 4, backend, device, algorithm)
+    except convolutions.RefusedError:
+        return
+    except WrongResultError as error:
+        _convolution_is_wrong(findings, backend, setting, str(error))
+        return
+    output = found.pop("output")
+    _note(findings, (backend, "conv_center", setting.dtype, setting.layout), lambda: [output])
+    _note(findings, (backend, "conv_center_backward", setting.dtype, setting.layout), found.values)
 
 
 def _note(findings: Findings, key: Key, check) -> None:
@@ -386,6 +416,8 @@ def write(findings: Findings, conditions: dict[str, object], output: Path, commi
         print(f"\n{_measured_table(findings.measured)}\n")
     if findings.layers:
         print(f"{_layers_table(findings.layers)}\n")
+    if findings.algorithms:
+        print(f"{_algorithms_table(findings.algorithms, gpu['capability'])}\n")
     if found:
         print(f"{report.verdicts_table(found)}\n")
     total = len(findings.checked | findings.wrong)
@@ -403,15 +435,35 @@ def _read(table, what: str) -> Sequence:
 
 
 def layer_times(findings: Findings, gpu: dict[str, str], result: str) -> list[measured.Time]:
-    """Of training, summed over the batches at which every backend was right and timed."""
-    sums: dict[tuple[str, ...], float] = {}
+    """Of training, summed over the batches at which every backend was right and timed; of a backend that has a choice
+    the fastest algorithm's."""
+    places: dict[tuple[str, str, str], list[convolutions.Row]] = {}
     for row in findings.layers:
-        if row.setting.mode != "training" or row.wrong:
-            continue
-        for backend in row.accuracies:
-            key = (row.setting.dtype, row.setting.layout, row.layer, backend)
-            sums[key] = sums.get(key, 0.0) + row.times[backend].median
-    return [measured.Time(gpu["capability"], *key, seconds, gpu["name"], result) for key, seconds in sums.items()]
+        if row.setting.mode == "training" and not row.wrong:
+            places.setdefault((row.setting.dtype, row.setting.layout, row.layer), []).append(row)
+    found = []
+    for place, rows in places.items():
+        for backend in dict.fromkeys(name for row in rows for name in row.accuracies):
+            seconds = _seconds(findings, backend, rows)
+            if seconds:
+                fastest = min(seconds, key=seconds.__getitem__)
+                times = (backend, fastest, seconds[fastest])
+                found.append(measured.Time(gpu["capability"], *place, *times, gpu["name"], result))
+    return found
+
+
+def _seconds(findings: Findings, backend: str, rows: Sequence[convolutions.Row]) -> dict[str, float]:
+    """Of ``rows`` together by each algorithm that was right and timed in all of them, "" where there is no choice."""
+    if not convolutions.algorithms(backend) or rows[0].setting.layout != "channels_last":
+        only = "two passes" if convolutions.algorithms(backend) else ""
+        return {only: sum(row.times[backend].median for row in rows if backend in row.accuracies)}
+    own = {(one.setting, one.shape, one.batch): one for one in findings.algorithms if one.backend == backend}
+    keys = [(row.setting, row.shape, row.batch) for row in rows]
+    if not own.keys() >= set(keys):
+        return {}
+    found = [own[key] for key in keys]
+    right = [name for name in found[0].accuracies if all(name in one.accuracies for one in found)]
+    return {name: sum(one.times[name].median for one in found) for name in right}
 
 
 def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[str, object]:
@@ -430,6 +482,7 @@ def _as_json(findings: Findings, found: Sequence[Verdict], commit: str) -> dict[
             for m in measured
         ],
         "layers": [asdict(row) for row in findings.layers],
+        "algorithms": [asdict(row) for row in findings.algorithms],
         "verdicts": [asdict(verdict) for verdict in found],
     }
 
@@ -509,3 +562,43 @@ def _layers_table(rows: Sequence[convolutions.Row]) -> str:
         median = row.times["conv_relu"].median
         lines.append([f"{row.shape}, {row.setting}", str(row.batch), f"{1e6 * median:.1f}", *ratios])
     return markdown_table(lines)
+
+
+def _algorithms_table(found: Sequence[convolutions.Algorithms], capability: str) -> str:
+    """Each algorithm's time, over two passes and over cuDNN's bare convolution, its error, and of the forward pass the
+    shares of what the GPU's data sheet promises."""
+    ceilings = BY_GENERATION.get(int(capability.partition(".")[0]))
+    of = ceilings.name if ceilings else "a data sheet"
+    lines = [
+        [
+            "layer",
+            "batch",
+            "algorithm",
+            "us",
+            "/ two passes",
+            "/ conv",
+            "error",
+            f"tensor cores of {of}",
+            f"memory of {of}",
+        ]
+    ]
+    for one in found:
+        for name, accuracies in one.accuracies.items():
+            median = one.times[name].median
+            ratios = [
+                f"{median / one.times[to].median:.2f}" if to in one.times else "-" for to in ("two passes", "conv")
+            ]
+            worst = max(accuracies.values(), key=lambda accuracy: accuracy.error / accuracy.budget)
+            error = f"{worst.error:.1e} of {worst.budget:.1e}"
+            shares = [f"{share:.2f}" for share in _shares(one, name, ceilings)] or ["-", "-"]
+            cells = [f"{one.shape}, {one.setting}", str(one.batch), name, f"{1e6 * median:.1f}"]
+            lines.append([*cells, *ratios, error, *shares])
+    return markdown_table(lines)
+
+
+def _shares(one: convolutions.Algorithms, algorithm: str, ceilings: Ceilings | None) -> list[float]:
+    """Of operations and of bytes that the forward pass needs at least; TF32 takes twice as long as 16 bits."""
+    if ceilings is None or one.setting.mode != "forward":
+        return []
+    seconds, size = one.times[algorithm].median, getattr(torch, one.setting.dtype).itemsize
+    return [one.operations * size / 2 / ceilings.operations / seconds, one.bytes / ceilings.bytes / seconds]

@@ -87,6 +87,15 @@ def test_checks_of_the_cuda_kernels_on_the_cpu(op):
             kernels.check(case, torch.ops.deepcontrol_host_cuda, "cpu")
 
 
+@pytest.mark.parametrize("shape", convolutions.CHECKED, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_checks_of_layers_on_the_cpu(shape, dtype):
+    layout = "channels_last" if dtype == "bfloat16" else "contiguous"
+    found = convolutions.check(shape, Setting(dtype, layout, "training"), 4, "cpu", "cpu")
+    assert "output" in found
+    assert all(0 <= accuracy.error <= accuracy.budget < 0.1 for accuracy in found.values())
+
+
 class Wrong:
     """The ops of the CPU, but for one whose first result is ten percent off."""
 
@@ -194,8 +203,11 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "gpu", lambda: dict(H100))
     monkeypatch.setattr(gpu, "GpuClock", WallClock)
     monkeypatch.setattr(gpu, "test", lambda findings, *_: findings.outcomes.append(PASSED))
-    settings = ("bfloat16", "float64")
-    monkeypatch.setattr(gpu, "checks", lambda: [c for c in kernels.checks() if c.dtype in settings])
+    # Larger ones are checked once, by tests of their own.
+    settings, small = ("bfloat16", "float64"), [c for c in kernels.checks() if c.shape != (8, 64, 14, 14)]
+    monkeypatch.setattr(gpu, "checked_layers", lambda: [Shape(4, 8, 3, 5)])
+    monkeypatch.setattr(convolutions, "algorithms", lambda backend: ())
+    monkeypatch.setattr(gpu, "checks", lambda: [c for c in small if c.dtype in settings])
     monkeypatch.setattr(gpu, "cases", lambda: [c for c in kernels.checks() if c.dtype == "bfloat16"][:6])
     layer = (Shape(4, 8, 1, 4), Setting("bfloat16", "channels_last", "training"), 2)
     monkeypatch.setattr(gpu, "layers", lambda: [layer])

@@ -7,35 +7,16 @@ be reached, so these are bounds, of which only the order matters.
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
 
+from ..ceilings import BY_GENERATION, H100, Ceilings
 from .conv_direct import loads
 from .conv_forward import held_rows, means_moved
 from .geometry import Layer
 from .launch import Device
 
 
-class Ceilings(NamedTuple):
-    """Bytes a second from memory and from first-level caches, and operations a second on 16-bit numbers (two for a
-    multiply-add)."""
-
-    name: str
-    bytes: float
-    cached: float
-    operations: float
-
-
-# NVIDIA's data sheets, without sparsity, by the first digit of the compute capability; caches give 128 bytes a clock
-# and multiprocessor.
-_CEILINGS = {
-    8: Ceilings("A100 SXM 80GB", 2.039e12, 108 * 128 * 1.41e9, 312e12),
-    9: Ceilings("H100 SXM", 3.35e12, 132 * 128 * 1.83e9, 989.4e12),
-}
-H100 = _CEILINGS[9]
-
-
 def ceilings_of(device: Device) -> Ceilings:
-    return _CEILINGS.get(device.capability // 10, H100)
+    return BY_GENERATION.get(device.capability // 10, H100)
 
 
 def seconds(layer: Layer, ceilings: Ceilings) -> dict[str, float]:
