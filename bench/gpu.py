@@ -176,7 +176,7 @@ def test(findings: Findings, progress: Progress, names: Sequence[str]) -> None:
     checks = [("memcheck",), ("memcheck", "convolutions"), ("racecheck",)]
     for name in names:
         # Of cuDNN's kernels racecheck knows nothing.
-        for tool, *which in checks if name == "cuda" else [*checks, ("racecheck", "convolutions")]:
+        for tool, *which in [*checks, ("racecheck", "own" if name == "cuda" else "convolutions")]:
             what = " ".join([tool, name, *which])
             steps.append((what, partial(sanitize, tool, [name, *which]), _SANITIZER))
     for what, step, share in steps:
