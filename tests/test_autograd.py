@@ -209,9 +209,7 @@ def test_opcheck(backend, channels_last):
     for op, arguments in op_calls(ops, channels_last):
         seen.add(str(op.default).split(".")[1])
         torch.library.opcheck(op.default, arguments, test_utils=checks)
-    names = {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.name}::")
-    }
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.name}::")}
     # Nobody asks for an algorithm in a graph.
     assert seen == {name for name in names if "algorithm" not in name}
 

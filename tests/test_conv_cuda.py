@@ -74,6 +74,55 @@ def test_convolutions(backend, prefer, case, algorithm, dtype, poisoned_memory):
     check_convolution(case, backend, dtype, prefer(algorithm))
 
 
+# Layers that a GPU of so few processors cuts like this: samples, channels, filters, size and taps a side.
+PLANS = [
+    ("fused sm80", BF16, 1, (1, 8, 8, 7, 1), {"rows": 64, "columns": 64}),
+    ("fused sm80", BF16, 1, (1, 8, 8, 14, 1), {"rows": 128, "columns": 64}),
+    ("fused sm80", BF16, 1, (3, 32, 8, 7, 3), {"rows": 256, "columns": 64}),
+    ("fused sm80", F16, 1, (1, 24, 72, 9, 3), {"rows": 128, "columns": 128}),
+    ("fused sm80", BF16, 1, (3, 8, 72, 7, 3), {"rows": 256, "columns": 128}),
+    ("fused sm80", F32, 1, (1, 8, 8, 14, 1), {"rows": 128, "columns": 64}),
+    ("held sm80", BF16, 1, (1, 8, 72, 14, 1), {"rows": 256, "columns": 128}),
+    ("held sm80", BF16, 4, (1, 72, 72, 14, 3), {"rows": 128, "columns": 128, "splits": 2}),
+    ("held sm80", F32, 1, (2, 64, 64, 14, 1), {"rows": 64, "columns": 64, "splits": 2}),
+    ("fused sm90", BF16, 1, (1, 8, 8, 7, 1), {"columns": 64, "shared_tile": False}),
+    ("fused sm90", F16, 1, (1, 8, 72, 7, 3), {"columns": 128, "shared_tile": False}),
+    ("fused sm90", BF16, 1, (3, 8, 72, 7, 1), {"columns": 128, "shared_tile": True}),
+    ("held sm90", BF16, 1, (1, 8, 256, 28, 1), {"columns": 128, "shared_tile": False, "cluster": 7}),
+    ("held sm90", F16, 1, (3, 8, 8, 7, 3), {"columns": 64, "shared_tile": False, "cluster": 3}),
+    ("held sm90", BF16, 1, (2, 8, 8, 17, 1), {"columns": 64, "shared_tile": False, "cluster": 8}),
+    ("held sm90", F16, 1, (3, 8, 8, 7, 1), {"columns": 128, "shared_tile": True, "cluster": 1}),
+    ("held sm90", BF16, 1, (2, 8, 72, 17, 1), {"columns": 128, "shared_tile": True, "cluster": 3}),
+    ("held sm90", BF16, 1, (5, 8, 8, 20, 1), {"columns": 128, "shared_tile": True, "cluster": 8}),
+    ("weight_grad", BF16, 1, (3, 8, 8, 7, 1), {"rows": 64, "columns": 64, "splits": 5}),
+    ("weight_grad", F32, 1, (1, 32, 8, 7, 3), {"rows": 64, "columns": 128, "splits": 1}),
+    ("weight_grad", F16, 1, (1, 8, 264, 7, 1), {"rows": 128, "columns": 64, "splits": 1}),
+    ("weight_grad", F32, 1, (1, 8, 72, 7, 3), {"rows": 128, "columns": 128, "splits": 2}),
+    ("weight_grad", BF16, 2, (1, 16, 8, 7, 3), {"rows": 128, "columns": 256, "splits": 2}),
+    ("weight_grad", F32, 1, (1, 16, 72, 7, 3), {"rows": 128, "columns": 256, "splits": 1}),
+    ("weight_grad", F16, 1, (1, 8, 136, 7, 3), {"rows": 256, "columns": 128, "splits": 1}),
+    ("weight_grad", F32, 2, (1, 8, 136, 7, 3), {"rows": 256, "columns": 128, "splits": 2}),
+]
+
+
+@pytest.mark.parametrize(("what", "dtype", "processors", "layer", "wanted"), PLANS)
+def test_every_tile(backend, prefer, what, dtype, processors, layer, wanted, poisoned_memory):
+    """Of the forward pass and of the weight gradient, whether it is split, and clusters of any number of blocks."""
+    if backend != "host_cuda":
+        pytest.skip("a GPU has as many processors as it has")
+    samples, channels, filters, size, taps = layer
+    harness().configure(processors=processors)
+    ones, triple = (1, 1, 1), (1, taps, taps)
+    plans = _ops.extension.plan_conv(
+        samples, channels, filters, 1, (1, size, size), triple, ones, (0, taps // 2, taps // 2), ones,
+        str(dtype).removeprefix("torch."), processors=processors,
+    )  # fmt: skip
+    plan = plans["weight_grad"] if what == "weight_grad" else plans["algorithms"][what]
+    assert {key: plan[key] for key in wanted} == wanted
+    case = Case("plan", channels, filters, (size, size), taps, padding=taps // 2, batch=samples)
+    check_convolution(case, backend, dtype, prefer("fused sm80" if what == "weight_grad" else what))
+
+
 @pytest.mark.parametrize("algorithm", ["fused sm80", "fused sm90", "direct"])
 def test_a_mean_that_is_left_in(backend, prefer, algorithm, poisoned_memory):
     case = BY_ID["depthwise-strided" if algorithm == "direct" else "3x3"]
