@@ -22,7 +22,7 @@ from bench.gpu import Findings, Outcome
 from bench.kernels import Case
 from bench.runner import Accuracy, Setting, WrongResultError
 from deepcontrol_cuda import backends, measured, proven
-from deepcontrol_cuda.timing import Shape
+from deepcontrol_cuda.timing import Shape, summarize
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 PASSED = Outcome("op tests", True, "3 passed", 1.0)
@@ -64,6 +64,11 @@ def test_what_is_required_is_timed_first():
         itertools.product(("forward", "training"), (64, 256))
     )
     assert {(setting.dtype, setting.layout) for _, setting, _ in layers[:92]} == {("bfloat16", "channels_last")}
+
+
+def test_depthwise_layers_are_timed():
+    shapes = {shape for shape, setting, _ in convolutions.timed() if setting.layout == "channels_last"}
+    assert {shape.stride for shape in shapes if shape.groups == shape.in_channels} == {1, 2}
 
 
 def test_every_op_dtype_and_layout_is_checked():
@@ -188,6 +193,42 @@ def test_the_first_layer_needs_no_gradient_of_its_input():
     assert "conv_input_grad" not in row.times
 
 
+# By each algorithm, with the harness in the place of a GPU.
+
+
+def test_a_layer_by_each_algorithm_that_takes_it():
+    harness()
+    shape, setting = Shape(16, 16, 3, 6, groups=16), Setting("bfloat16", "channels_last", "forward")
+    found = convolutions.measure_algorithms(shape, setting, 2, "host_cuda", WallClock(), 2)
+    assert set(found.accuracies) | set(found.refused) == set(backends.ALGORITHMS)
+    assert set(found.accuracies) >= {"direct", "two passes"}
+    assert set(found.times) == {"conv", *found.accuracies}
+    assert all(reason and "\n" not in reason for reason in found.refused.values())
+    assert not found.wrong
+    output = 2 * 16 * 36
+    assert found.operations == 2 * 9 * output
+    assert found.bytes == 2 * (output + 16 * 9 + output) + output // 8
+
+
+def test_the_gradients_by_an_algorithm():
+    harness()
+    shape, setting = Shape(16, 16, 3, 6, groups=16), Setting("bfloat16", "channels_last", "training")
+    assert len(convolutions.check(shape, setting, 2, "host_cuda", "cpu", "direct")) == 6
+    with pytest.raises(convolutions.RefusedError, match=r"^[^\n]+$"):
+        convolutions.check(Shape(16, 16, 3, 6), setting, 2, "host_cuda", "cpu", "direct")
+
+
+def test_an_error_of_another_kind_is_no_refusal(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(convolutions.runner, "check", lost)
+    setting = Setting("bfloat16", "channels_last", "forward")
+    with pytest.raises(RuntimeError, match="illegal") as error:
+        convolutions.check(Shape(4, 8, 3, 5), setting, 2, "cpu", "cpu")
+    assert error.type is RuntimeError
+
+
 # The whole of it, with the CPU's ops in the place of the GPU's.
 
 
@@ -262,6 +303,81 @@ def test_everything_is_written(machine, capsys):
     out = capsys.readouterr().out
     assert "share of a copy, geometric mean" in out
     assert f"{len(proofs)} of {len(proofs)} combinations of backend, op, dtype and layout are proven" in out
+
+
+class Choice:
+    """Two algorithms of backend "cuda", both the CPU's ops in truth; a third one takes nothing."""
+
+    def __init__(self, monkeypatch, wrong=()):
+        self.times = {"direct": 1.0, "two passes": 2.0}
+        self.wrong = wrong
+        right = convolutions.check
+
+        def check(shape, setting, batch, backend, device, algorithm=None):
+            if algorithm == "held sm90":
+                raise convolutions.RefusedError("no tensor cores here")
+            if algorithm in wrong:
+                raise WrongResultError(f"{algorithm} is ten percent off")
+            return right(shape, setting, batch, backend, device)
+
+        names = (*self.times, "held sm90")
+        monkeypatch.setattr(convolutions, "algorithms", lambda backend: names if backend == "cuda" else ())
+        monkeypatch.setattr(convolutions, "check", check)
+        monkeypatch.setattr(convolutions, "_chosen", lambda backend, algorithm: backends.use(backend))
+
+
+def test_algorithms_are_checked_timed_and_the_fastest_is_kept(machine, monkeypatch, capsys):
+    Choice(monkeypatch)
+    shape, batch = Shape(4, 8, 1, 4), 2
+    settings = [Setting("bfloat16", "channels_last", mode) for mode in ("training", "forward")]
+    monkeypatch.setattr(gpu, "layers", lambda: [(shape, setting, batch) for setting in settings])
+    status, run, _ = run_it(machine)
+    assert status == 0
+    assert [row["backend"] for row in run["algorithms"]] == ["cuda"] * 2
+    training, forward = run["algorithms"]
+    assert set(training["times"]) == {"direct", "two passes"}
+    assert set(forward["times"]) == {"direct", "two passes", "conv"}
+    assert forward["refused"] == {"held sm90": "no tensor cores here"}
+    times = {time.backend: time for time in measured.read(measured.FILE)}
+    seconds = {name: time["median"] for name, time in training["times"].items()}
+    assert times["cuda"].algorithm == min(seconds, key=seconds.get)
+    assert times["cuda"].seconds == min(seconds.values())
+    assert times["triton"].algorithm == ""
+    out = capsys.readouterr().out
+    assert "tensor cores of H100 SXM" in out
+    assert re.search(rf"{re.escape(str(shape))}, .* \| 2 +\| direct", out)
+
+
+def test_an_algorithm_that_is_wrong_proves_nothing_for_its_backend(machine, monkeypatch):
+    Choice(monkeypatch, wrong=("direct",))
+    status, run, _ = run_it(machine)
+    assert status == 1
+    assert {row["what"] for row in run["wrong"]} == {"direct is ten percent off"}
+    assert {(p.backend, p.op) for p in proven.read(proven.FILE) if p.layout == "channels_last"} >= {
+        ("cuda", "center"), ("triton", "conv_center"),
+    }  # fmt: skip
+    assert not [
+        p for p in proven.read(proven.FILE) if (p.backend, p.op, p.layout) == ("cuda", "conv_center", "channels_last")
+    ]
+    (time,) = [time for time in measured.read(measured.FILE) if time.backend == "cuda"]
+    assert time.algorithm == "two passes"
+
+
+def test_no_time_of_a_backend_whose_algorithms_were_left_out(machine, monkeypatch):
+    Choice(monkeypatch)
+    monkeypatch.setattr(gpu, "_time_algorithms", lambda *_: [])
+    assert run_it(machine)[0] == 0
+    assert {time.backend for time in measured.read(measured.FILE)} == {"triton"}
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.5), ("float32", 1.0)])
+def test_shares_of_the_data_sheet(dtype, share):
+    ceilings = gpu.BY_GENERATION[9]
+    setting, operations = Setting(dtype, "channels_last", "forward"), int(ceilings.operations)
+    times = {"direct": summarize([2.0, 2.0])}
+    one = convolutions.Algorithms("cuda", setting, "", "", 1, int(ceilings.bytes), operations, times, {}, {}, {})
+    assert gpu._shares(one, "direct", ceilings) == pytest.approx([share, 0.5])
+    assert gpu._shares(one, "direct", None) == []
 
 
 def test_without_triton_the_others_are_proven(machine, monkeypatch, capsys):
@@ -424,8 +540,10 @@ def test_without_a_sanitizer(monkeypatch):
     assert outcome == Outcome("racecheck convolutions", None, "compute-sanitizer is not installed", 0.0)
 
 
-@pytest.mark.parametrize(("which", "calls"), [([], 8 * (6 * 3 * 2 * 4 + 8 + 5)), (["convolutions"], 8 * 5 * 2)])
-def test_what_the_sanitizers_run(capsys, which, calls):
+@pytest.mark.parametrize(("which", "calls"), [([], 8 * (3 * 3 * 2 * 4 + 8 + 5)), (["convolutions"], 8 * 5 * 2)])
+def test_what_the_sanitizers_run(monkeypatch, capsys, which, calls):
+    # Without the large ones, which differ on a GPU alone.
+    monkeypatch.setattr(sanitize_gpu, "SHAPES", sanitize_gpu.SHAPES[:3])
     assert sanitize_gpu.main("cpu", *which) == 0
     assert capsys.readouterr().out == f"{calls} calls\n"
 
