@@ -548,6 +548,17 @@ def test_what_the_sanitizers_run(monkeypatch, capsys, which, calls):
     assert capsys.readouterr().out == f"{calls} calls\n"
 
 
+def test_what_the_sanitizers_run_of_the_convolutions_of_cuda(monkeypatch, capsys):
+    """Every algorithm; between them they take every layer in channels_last."""
+    harness()
+    monkeypatch.setattr(sanitize_gpu, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(sanitize_gpu, "FORMATS", (torch.channels_last,))
+    monkeypatch.setattr(sanitize_gpu, "CONVOLUTIONS", sanitize_gpu.CONVOLUTIONS[::2])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert sanitize_gpu.main("host_cuda", "own") == 0
+    assert capsys.readouterr().out == "16 calls\n"
+
+
 def test_order_of_the_steps(monkeypatch):
     called = []
     monkeypatch.setattr(gpu, "pytest", lambda *a: called.append(a[0]) or PASSED)
@@ -555,8 +566,9 @@ def test_order_of_the_steps(monkeypatch):
     monkeypatch.setattr(gpu, "sanitize", lambda tool, which, _: called.append(" ".join([tool, *which])) or absent)
     findings = Findings()
     gpu.test(findings, gpu.Progress(60), ["cuda", "triton"])
-    own = ("memcheck {}", "memcheck {} convolutions", "racecheck {}", "racecheck {} convolutions")
-    checks = [*(check.format("cuda") for check in own[:3]), *(check.format("triton") for check in own)]
+    steps = ("memcheck {}", "memcheck {} convolutions", "racecheck {}")
+    checks = [*(step.format("cuda") for step in steps), "racecheck cuda own"]
+    checks += [*(step.format("triton") for step in steps), "racecheck triton convolutions"]
     assert called == ["op tests", "GPU tests", *checks]
     assert findings.tests_passed
     findings.outcomes.append(FAILED)

@@ -309,10 +309,12 @@ def test_the_sanitizers_notice(sanitized, mistake, report):
 
 @pytest.mark.slow
 def test_the_ops_pass_the_sanitizers():
-    """A part of test_ops.py: each kernel, each layout, whole and in parts."""
+    """A part of test_ops.py and of test_conv_cuda.py: each kernel, each layout, whole and in parts."""
     build.library(sanitize=True)
     center = "center and bf16 and (relu or silu) and not conv"
     others = "(f32 or bf16) and (project_kernel or window_mean and 2d)"
-    chosen = f"host_cuda and (edge_shapes or strange_strides or {center} or {others})"
-    finished = run_sanitized("pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "test_ops.py", "-k", chosen)
+    convolutions = "test_conv_cuda and (every_tile or direct or 3x3-odd or image or two-groups)"
+    chosen = f"host_cuda and (edge_shapes or strange_strides or {center} or {others} or {convolutions})"
+    files = [HERE / name for name in ("test_ops.py", "test_conv_cuda.py")]
+    finished = run_sanitized("pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-6000:]
