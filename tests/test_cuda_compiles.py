@@ -27,7 +27,7 @@ CUOBJDUMP = shutil.which("cuobjdump") or (
 ARCHITECTURES = ("sm_80", "sm_90a", "newest")
 
 # Matrix products, which take longest to compile: not for the newest, which gets the instructions of the oldest.
-PRODUCTS = ("conv_center_sm80.cu", "conv_center_sm90.cu", "conv_weight_grad.cu")
+PRODUCTS = ("conv_center_sm80.cu", "conv_center_sm90.cu", "conv_means.cu", "conv_weight_grad.cu")
 
 # Two blocks of 256 threads a multiprocessor, and four for the kernels that most calls get. A matrix product has
 # what there is: accumulators are what registers are for.
@@ -81,8 +81,8 @@ def numbers(pattern: str, text: str) -> int:
 
 def read_kernels(source: Path, report: str, ptx: str, cubin: Path) -> list[Kernel]:
     """The kernels of one source. What ptxas says of functions that it did not inline goes to the kernel before them."""
-    # Bodies of entry functions end with a brace at the beginning of a line.
-    bodies = dict(re.findall(r"^(?:\.visible )?\.entry (\w+)\((.*?)^}", ptx, re.DOTALL | re.MULTILINE))
+    entry = r"^(?:\.visible )?\.entry "
+    bodies = dict(re.findall(rf"{entry}(\w+)\((.*?)(?={entry}|\Z)", ptx, re.DOTALL | re.MULTILINE))
     mangled = re.findall(r"Compiling entry function '(\w+)'", report)
     plain = run("c++filt", *mangled).splitlines() if mangled else []
     kernels = []
@@ -149,7 +149,7 @@ def is_frequent(kernel: Kernel) -> bool:
 
 def is_product(kernel: Kernel) -> bool:
     """Not the small kernels that stand behind a product in its file."""
-    return kernel.file in PRODUCTS and ("mma" in kernel.ptx or "trap" in kernel.ptx)
+    return kernel.file in PRODUCTS and ("mma" in kernel.ptx or "trap;" in kernel.ptx)
 
 
 def vectorized_centers(kernels: list[Kernel]) -> list[Kernel]:
