@@ -5,7 +5,8 @@ The compiled extension fits only the torch it is built with, so install that tor
 
 DEEPCONTROL_EXTENSION=0  leaves the extension out; the package then runs through its PyTorch reference.
 DEEPCONTROL_CUDA=0|1     leaves the CUDA kernels out, or refuses to build without them.
-TORCH_CUDA_ARCH_LIST     names the GPUs to build for ("9.0"), else those that torch runs on.
+TORCH_CUDA_ARCH_LIST     names the GPUs to build for ("8.0;9.0a"), else those that torch runs on; on an H100 the fused
+                         convolution by TMA and wgmma needs 9.0a, without 9.0 beside it.
 MAX_JOBS=n               is the number of compilers at a time, else chosen from cores and free memory.
 CXX=name                 is the C++ compiler.
 """
@@ -146,7 +147,9 @@ def kernels_digest() -> str:
 
 def macros(cuda: bool, wanted: str) -> list[tuple[str, None]]:
     """What the sources are told; ``wanted`` is TORCH_CUDA_ARCH_LIST."""
-    has_sm90a = SM90A in wanted.replace("+PTX", "").replace(" ", ";").split(";")
+    names = wanted.replace("+PTX", "").replace(" ", ";").split(";")
+    # With code for both, which one an H100 gets is the driver's choice.
+    has_sm90a = SM90A in names and "9.0" not in names
     return [(name, None) for name, told in (("DEEPCONTROL_CUDA", cuda), ("DEEPCONTROL_SM90A", has_sm90a)) if told]
 
 
@@ -206,7 +209,10 @@ def main() -> None:
         print(f"deepcontrol_cuda: CUDA kernels: {'yes' if cuda else 'no'}, {reason}")
         if cuda:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(torch._C._cuda_getArchFlags()))
-            print(f"deepcontrol_cuda: TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']}")
+            wanted_gpus = os.environ["TORCH_CUDA_ARCH_LIST"]
+            print(f"deepcontrol_cuda: TORCH_CUDA_ARCH_LIST={wanted_gpus}")
+            if "9.0" in wanted_gpus and len(macros(True, wanted_gpus)) == 1:
+                print("deepcontrol_cuda: WITHOUT the fused convolution of an H100, which needs 9.0a in place of 9.0")
         os.environ.setdefault("MAX_JOBS", str(compile_jobs(len(os.sched_getaffinity(0)), free_memory())))
         # pip installs ninja beside Python, which is not on PATH where the environment is not activated.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

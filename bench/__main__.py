@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from deepcontrol_cuda import backends
+from deepcontrol_cuda import _ops, backends
 
 from . import gpu, memory, overhead, peers, predict, record, report, runner
 from .cases import SETS
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "print what layers should take on an H100: counted from bytes and operations, not measured"
     counted = commands.add_parser("predict", help=help, description=help)
+    counted.add_argument("--backend", choices=predict.WAYS, default="cuda", help="default: cuda")
     counted.add_argument("--set", choices=SETS, default="resnet50_all", help="shapes (default: resnet50_all)")
     counted.add_argument("--batch", type=_positive, default=predict.BATCH, help=f"default: {predict.BATCH}")
     counted.set_defaults(run=_predict)
@@ -202,9 +203,11 @@ def _overhead(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("triton") is None:
+    if options.backend == "triton" and importlib.util.find_spec("triton") is None:
         return _fail("predict asks the Triton kernels what they would do; install triton: pip install 'triton>=3.5'")
-    print(predict.table(SETS[options.set], options.batch))
+    if options.backend == "cuda" and _ops.unavailable is not None:
+        return _fail(f"predict asks the extension what its kernels would do: {_ops.unavailable}")
+    print(predict.table(options.backend, SETS[options.set], options.batch))
     return 0
 
 

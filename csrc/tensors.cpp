@@ -138,8 +138,9 @@ Windows windows_of(const Tensor& input, at::IntArrayRef kernel_size, at::IntArra
     w.stride[d] = from < 0 ? 1 : stride[from];
     w.padding[d] = from < 0 ? 0 : padding[from];
     w.dilation[d] = from < 0 ? 1 : dilation[from];
-    w.output[d] = (w.size[d] + 2 * w.padding[d] - w.dilation[d] * (w.kernel[d] - 1) - 1) / w.stride[d] + 1;
-    TORCH_CHECK_VALUE(w.output[d] > 0, "input: got shape ", input.sizes(), ", which leaves an empty output");
+    const int64_t beyond = w.size[d] + 2 * w.padding[d] - w.dilation[d] * (w.kernel[d] - 1) - 1;
+    TORCH_CHECK_VALUE(beyond >= 0, "input: got shape ", input.sizes(), ", which leaves an empty output");
+    w.output[d] = beyond / w.stride[d] + 1;
   }
   return w;
 }

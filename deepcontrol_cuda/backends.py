@@ -175,7 +175,13 @@ def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geom
     if op != "conv_center" or weight is None:
         return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
     chosen = torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
-    return f"{ALGORITHMS[chosen]} ({_PREDICTED if _algorithm is None else 'preferred'})"
+    why = "preferred" if _algorithm is not None else _PREDICTED
+    if _algorithm is None:
+        *place, layer = _key(input, op, weight, geometry[0])
+        timed = measured.fastest(_measured_times(), _place(place[0], *place[2:], layer), ("cuda",))
+        if timed is not None and timed.algorithm == chosen:
+            why = f"the fastest that {timed.result} has for this layer"
+    return f"{ALGORITHMS[chosen]} ({why})"
 
 
 def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
@@ -252,6 +258,8 @@ def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
     for the whole process. ``ValueError`` for an unknown name.
     """
     global _algorithm
+    if backend == "cuda" and (reason := _why_no_cuda()):
+        raise RuntimeError(f"backend 'cuda': {reason}")
     set_algorithm = getattr(torch.ops, _compiled[backend].namespace).prefer_algorithm
     before = _algorithm
     set_algorithm(algorithm)
@@ -359,10 +367,14 @@ def _fastest(
     """The least time of a layer where more than one backend can run it and each of them was timed."""
     if layer is None or len(names) < 2:
         return None
+    return measured.fastest(_measured_times(), _place(index, dtype, layout, layer), names)
+
+
+def _place(index: int, dtype: torch.dtype, layout: str, layer: _Layer) -> tuple[str, str, str, str]:
+    """As in ``measured.Time``."""
     (filters, channels, *kernel), stride, groups = layer
     text = measured.layer(kernel, channels * groups, filters, stride, groups)
-    place = (_dotted(_gpu(index).capability), str(dtype).removeprefix("torch."), layout, text)
-    return measured.fastest(_measured_times(), place, names)
+    return _dotted(_gpu(index).capability), str(dtype).removeprefix("torch."), layout, text
 
 
 def _measured_times() -> tuple[measured.Time, ...]:
@@ -377,6 +389,8 @@ def _measured_times() -> tuple[measured.Time, ...]:
 
 
 def _remember_fastest(time: measured.Time) -> None:
+    if time.algorithm not in ALGORITHMS:  # of a version that had others
+        return
     torch.ops.deepcontrol.remember_fastest_algorithm(time.capability, time.dtype, time.layer, time.algorithm)
 
 

@@ -246,6 +246,39 @@ def test_limits_of_one_kernel(backend, prefer, algorithm, change, words):
         forward(backend, x, w, [stride] * 2, [0, 0], [1, 1], 1)
 
 
+def test_a_kernel_that_is_larger_than_the_padded_input(backend, prefer):
+    x, w = channels_last(1, 16, 2, 2, dtype=BF16), channels_last(16, 16, 3, 3, dtype=BF16)
+    for algorithm in backends.ALGORITHMS:
+        with prefer(algorithm), pytest.raises(ValueError, match="leaves an empty output"):
+            forward(backend, x, w, [2, 2], [0, 0], [1, 1], 1)
+
+
+def test_a_gpu_with_too_little_shared_memory(backend, prefer):
+    if backend != "host_cuda":
+        pytest.skip("played by the harness")
+    harness().configure(shared_memory=32 * 1024)
+    x, w = channels_last(2, 16, 7, 7, dtype=BF16), channels_last(16, 16, 3, 3, dtype=BF16)
+    for algorithm in ("fused sm80", "held sm80", "fused sm90", "held sm90"):
+        with prefer(algorithm), pytest.raises(RuntimeError, match=r"(shared memory|no tile holds)"):
+            forward(backend, x, w, *ONE)
+    assert library(backend).conv_algorithm(x, w, *ONE) == "two passes"
+
+
+def test_the_fastest_that_was_timed_is_chosen(backend):
+    """Of layers of that kernel; 1x3x3 is another one than 3x3."""
+    if backend != "host_cuda":
+        pytest.skip("what is remembered stays")
+    x, w = channels_last(3, 24, 7, 7, dtype=BF16), channels_last(40, 24, 3, 3, dtype=BF16)
+    ops = library(backend)
+    before = ops.conv_algorithm(x, w, *ONE)
+    for name in ("fused sm80", "held sm80", "two passes", before):
+        ops.remember_fastest_algorithm("9.0", "bfloat16", "3x3, 24 to 40, stride 1x1, groups 1", name)
+        assert ops.conv_algorithm(x, w, *ONE) == name
+        deep = (x.unsqueeze(2), w.unsqueeze(2), [1, 1, 1], [0, 1, 1], [1, 1, 1], 1)
+        deep = (*(t.contiguous(memory_format=torch.channels_last_3d) for t in deep[:2]), *deep[2:])
+        assert ops.conv_algorithm(*deep) == before
+
+
 def test_an_unknown_algorithm(backend):
     with pytest.raises(ValueError, match="algorithm: got 'fastest', wanted one of 'fused sm90', 'held sm90', "):
         backends.prefer("fastest", backend).__enter__()

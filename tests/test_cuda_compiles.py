@@ -267,3 +267,6 @@ def test_products_of_the_h100_are_its_own(compiled):
         name = text.split()[0]
         assert text.count("HGMMA") >= 4, name
         assert "UTMALDG" in text, name
+        assert "USETMAXREG" in text, name
+    # What its warpgroups hand over and take presumes this.
+    assert {kernel.registers for kernel in kernels} == {168}

@@ -176,6 +176,7 @@ def test_architectures(build_script, flags, wanted):
         (True, "8.0;9.0+PTX", ["DEEPCONTROL_CUDA"]),
         (True, "8.0+PTX;9.0a", ["DEEPCONTROL_CUDA", "DEEPCONTROL_SM90A"]),
         (True, "9.0a+PTX 12.0", ["DEEPCONTROL_CUDA", "DEEPCONTROL_SM90A"]),
+        (True, "9.0;9.0a", ["DEEPCONTROL_CUDA"]),
     ],
 )
 def test_what_sources_are_told(build_script, cuda, wanted, told):

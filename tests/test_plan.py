@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,3 +68,69 @@ def test_without_clusters_the_largest_maps_take_two_launches():
 def test_how_a_map_is_summed_does_not_depend_on_the_batch(channels, side, innermost):
     plans = [plan_center(batch, channels, side * side, innermost, **H100) for batch in (1, 2, 64, 1000)]
     assert len({(p["lanes"], p["part"], p["parts"]) for p in plans}) == 1
+
+
+plan_conv = _ops.extension.plan_conv
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    samples=st.integers(1, 300), groups=st.sampled_from((1, 1, 1, 2, 32)), channels=st.integers(1, 160),
+    filters=st.integers(1, 160), size=st.lists(st.integers(1, 60), min_size=3, max_size=3),
+    kernel=st.lists(st.integers(1, 5), min_size=3, max_size=3), stride=st.integers(1, 3), padding=st.integers(0, 3),
+    dilation=st.integers(1, 2), dtype=st.sampled_from(DTYPES), centred=st.booleans(), gpu=st.sampled_from(list(GPUS)),
+)  # fmt: skip
+def test_every_plan_of_a_convolution_fits_and_covers(
+    samples, groups, channels, filters, size, kernel, stride, padding, dilation, dtype, centred, gpu
+):
+    output = [(n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, kernel)]
+    if min(output) < 1:
+        return
+    plans = plan_conv(
+        samples, channels * groups, filters * groups, groups, size, kernel, [stride] * 3, [padding] * 3, [dilation] * 3,
+        dtype, centred=centred, **GPUS[gpu],
+    )  # fmt: skip
+    pixels, taken = math.prod(output), {}
+    for name, plan in plans["algorithms"].items():
+        if isinstance(plan, str):
+            assert plan
+            continue
+        taken[name] = plan["seconds"]
+        assert plan["seconds"] > 0
+        if name == "two passes":
+            continue
+        assert 0 < plan["blocks"] < 2**31
+        assert plan["shared"] <= GPUS[gpu]["shared_memory"]
+        if name == "direct":
+            continue
+        # What a tile has of each split, or of a cluster's maps.
+        rows = plan["used"] if plan["splits"] <= 1 and plan["held"] else plan["rows"]
+        blocks = -(-samples * pixels // rows) * -(-filters // plan["columns"]) * groups
+        if name.endswith("sm80"):
+            assert plan["blocks"] == blocks * plan["splits"]
+            assert (plan["workspace"] > 0) == (plan["splits"] > 1)
+        else:
+            assert GPUS[gpu]["capability"] == 90
+            assert plan["blocks"] % plan["cluster"] == 0
+            assert plan["blocks"] <= GPUS[gpu]["processors"]
+        if name.startswith("held"):
+            assert centred
+            assert plan["samples"] * pixels <= plan["cluster"] * plan["used"]
+    assert plans["chosen"] == min(taken, key=taken.__getitem__)
+    product = plans["weight_grad"]
+    if not isinstance(product, str):
+        assert (
+            product["splits"] * product["of_split"] >= samples * pixels > (product["splits"] - 1) * product["of_split"]
+        )
+        assert product["shared"] <= GPUS[gpu]["shared_memory"]
+        assert product["workspace"] >= 4 * product["splits"] * filters * groups * math.prod(kernel) * channels
+
+
+@pytest.mark.parametrize("gpu", ["A100", "RTX 3090"])
+def test_other_gpus_have_no_kernels_of_the_h100(gpu):
+    ones = (1, 1, 1)
+    plans = plan_conv(64, 64, 64, 1, (1, 28, 28), ones, ones, (0, 0, 0), ones, **GPUS[gpu])
+    assert plans["algorithms"]["fused sm90"] == "the GPU's compute capability is not 9.0"
+    plans = plan_conv(64, 64, 64, 1, (1, 28, 28), ones, ones, (0, 0, 0), ones, sm90a=False)
+    assert plans["algorithms"]["held sm90"].startswith("this build has no code for sm_90a")
+    assert "sm90" not in plans["chosen"]

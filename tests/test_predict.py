@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import predict
+from bench.cases import SETS
 from deepcontrol_cuda.timing import Shape
 
-pytest.importorskip("triton")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no triton")
 
 
+@needs_triton
 def test_bytes_and_operations_of_a_layer():
     costs = pytest.importorskip("deepcontrol_cuda.triton_kernels.costs")
     geometry, tensors = (
@@ -35,6 +38,10 @@ def test_bytes_and_operations_of_a_layer():
     assert moved["held"] == x + w + z + z / 16
 
 
+BACKENDS = [pytest.param("cuda"), pytest.param("triton", marks=needs_triton)]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("shape", "taken"),
     [
@@ -48,13 +55,36 @@ def test_bytes_and_operations_of_a_layer():
     ],
     ids=str,
 )
-def test_the_shortest_way_is_taken(shape, taken):
-    layer = predict.predict(shape)
+def test_the_shortest_way_of_triton_is_taken(shape, taken):
+    layer = predict.predict(shape, "triton")
     assert layer.taken == taken
     if taken != "direct":
         assert layer.ours == min(layer.seconds[way] for way in ("two passes", "fused", "held"))
 
 
-def test_the_document_has_the_table():
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        (Shape(64, 256, 1, 56), "fused sm90"),
+        (Shape(512, 1024, 1, 28, stride=2), "held sm90"),
+        (Shape(256, 64, 1, 56), "two passes"),
+        (Shape(3, 64, 7, 224, stride=2), "two passes"),
+        (Shape(144, 144, 3, 56, groups=144), "direct"),
+    ],
+    ids=str,
+)
+def test_the_shortest_way_of_cuda_is_taken(shape, taken):
+    layer = predict.predict(shape, "cuda")
+    assert layer.taken == taken
+    assert layer.ours == min(layer.seconds.values())
+    assert layer.ours >= layer.convolution
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("set", ["resnet50_all", "mobilenet_v2"])
+def test_the_document_has_the_table(backend, set):
+    if (backend, set) == ("triton", "mobilenet_v2"):
+        pytest.skip("its depthwise kernels are predicted only where they are taken")
+    shapes = [shape for shape in SETS[set] if set == "resnet50_all" or shape.groups > 1]
     text = (Path(__file__).parents[1] / "docs/hardware.md").read_text(encoding="utf-8")
-    assert predict.table() in text, "put what `python -m bench predict` prints into docs/hardware.md"
+    assert predict.table(backend, shapes) in text, f"docs/hardware.md has another table of {backend}, {set}"

@@ -66,6 +66,16 @@ std::string name_of(const Tensor& weight, at::IntArrayRef stride, int64_t groups
   return text.str();
 }
 
+// Whether cuDNN's convolutions may round float32 to TF32. PyTorch 2.9 asks by the name of the op, later ones by a number.
+template <class Op>
+bool allows_tf32(bool (at::Context::*of)(Op) const) {
+  if constexpr (std::is_same_v<std::decay_t<Op>, std::string>) {
+    return (at::globalContext().*of)("conv");
+  } else {
+    return (at::globalContext().*of)(std::decay_t<Op>::value_type::CONV);
+  }
+}
+
 struct Layer {
   at::MemoryFormat format;
   Windows windows;
@@ -89,16 +99,17 @@ Layer layer_of(const Tensor& input, const Tensor& weight, at::IntArrayRef stride
   // Of a single channel the maps are what is innermost in every format.
   c.channels_innermost = layer.format != at::MemoryFormat::Contiguous && (c.filters > 1 || c.pixels() == 1);
   c.centred = centred;
-  c.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  c.tf32 = allows_tf32(&at::Context::allowTF32CuDNN);
   return layer;
 }
 
 using Key = std::array<int64_t, 32>;
 
-Key key_of(const ConvCase& c, const Device& device) {
-  Key key{int64_t(c.dtype), c.samples, c.channels, c.filters, c.groups, c.channels_innermost, c.aligned, c.centred,
+// `rank` of the tensors: what was timed is known by names that tell 3x3 from 1x3x3.
+Key key_of(const ConvCase& c, int64_t rank, const Device& device) {
+  Key key{int64_t(c.dtype), rank, c.samples, c.channels, c.filters, c.groups, c.channels_innermost, c.aligned, c.centred,
           c.tf32, device.capability, device.processors, device.shared_memory, device.sm90a, fastest.changes()};
-  size_t next = 14;
+  size_t next = 15;
   for (const auto& values : {c.windows.size, c.windows.kernel, c.windows.stride, c.windows.padding, c.windows.dilation}) {
     for (int d = 0; d < 3; ++d) key[next++] = values[d];
   }
@@ -107,10 +118,10 @@ Key key_of(const ConvCase& c, const Device& device) {
 
 // What `make` gives for a layer, which takes longer than to look it up.
 template <class F>
-auto remember(const ConvCase& c, const Device& device, F&& make) {
+auto remember(const ConvCase& c, int64_t rank, const Device& device, F&& make) {
   constexpr size_t kMost = 4096;
   thread_local std::map<Key, decltype(make())> known;
-  const Key key = key_of(c, device);
+  const Key key = key_of(c, rank, device);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   if (known.size() == kMost) known.clear();
@@ -122,7 +133,7 @@ auto remember(const ConvCase& c, const Device& device, F&& make) {
 Chosen choose(const ConvCase& c, const Device& device, const Tensor& weight, at::IntArrayRef stride) {
   const Algorithm* algorithm = preferred.load();
   if (!algorithm) {
-    return remember(c, device, [&]() -> Chosen {
+    return remember(c, weight.dim(), device, [&]() -> Chosen {
       const Algorithm* timed = c.centred ? fastest.find(device, name_of(c.dtype), name_of(weight, stride, c.groups)) : nullptr;
       if (timed && !why_not(*timed, c, device)) return {timed, plan_conv(*timed, c, device)};
       return choose_conv(c, device);
@@ -150,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_center(const Tensor& input, const Tensor
   c.aligned = are_aligned({data(x), data(w)});
   const Chosen chosen = choose(c, scope.device, weight, stride);
   const ConvPlan& plan = chosen.plan;
-  if (plan.way == Way::two_passes) {
+  if (chosen.algorithm->way == Way::two_passes) {
     const std::vector<int64_t> no_output_padding(stride.size(), 0);
     const Tensor z =
         at::convolution(x, weight, {}, stride, padding, dilation, false, no_output_padding, groups).contiguous(format);
@@ -244,7 +255,7 @@ Tensor scale_filters(const Scope& scope, const Tensor& weight, const Tensor& gai
 std::optional<WeightGradPlan> plan_of_weight_grad(const ConvCase& c, const Device& device) {
   const Algorithm* algorithm = preferred.load();
   if (algorithm && algorithm->way == Way::two_passes) return {};
-  const auto plan = remember(c, device, [&]() -> std::optional<WeightGradPlan> {
+  const auto plan = remember(c, 0, device, [&]() -> std::optional<WeightGradPlan> {
     if (why_no_weight_grad(c, device)) return {};
     return plan_weight_grad(c, device);
   });
@@ -335,7 +346,7 @@ std::string conv_algorithm(const Tensor& input, const Tensor& weight, at::IntArr
                            at::IntArrayRef dilation, int64_t groups) {
   const Scope scope(input);
   Layer layer = layer_of(input, weight, stride, padding, dilation, groups, true);
-  layer.convolution.aligned = true;
+  layer.convolution.aligned = are_aligned({data(input), data(weight)});
   return choose(layer.convolution, scope.device, weight, stride).algorithm->name;
 }
 

@@ -21,6 +21,8 @@
 // No CUTLASS: this compiles in seconds rather than minutes, needs nothing installed, and the tests can play all of it on
 // a CPU, for which they replace ptx.cuh and ptx_sm90.cuh.
 
+#include <algorithm>
+
 #include "conv_epilogue.cuh"
 #include "conv_layout_sm90.h"
 #include "division.cuh"
@@ -49,6 +51,7 @@ struct Work {
   int rows;     // of all samples
   int span;     // rows of a cluster's tile
   int tiles;    // of clusters
+  int filters;  // of a group
   int chunks;   // of 64 channels, in a group of channels
   int steps;    // of a tile's sum
   bool flat;
@@ -133,7 +136,7 @@ __device__ __forceinline__ void produce(const Work& work, const Shared& shared, 
   const ConvForward& p = work.p;
   const Windows& w = p.windows;
   const int kernel_d = w.kernel[0], kernel_h = w.kernel[1], kernel_w = w.kernel[2];
-  const int channels = p.group_channels(), filters = p.group_filters();
+  const int channels = p.group_channels(), filters = work.filters;
   const unsigned bytes = (work.plan.used + columns) * Layout::kStepBytes;
   const Turns turns(work.plan.cluster);
   Ring ring{work.plan.stages};
@@ -333,8 +336,8 @@ class Consumer {
     for (int i = thread_; i < maps * columns; i += kGroupThreads) {
       const int map = first_map + i / columns, column = i % columns;
       const float z = sum_of_map(map, column, done) * work_.per_pixel;
-      if (place.column + column >= p_.group_filters()) continue;
-      const int filter = place.group * int(p_.group_filters()) + place.column + column;
+      if (place.column + column >= work_.filters) continue;
+      const int filter = place.group * work_.filters + place.column + column;
       const float mean = p_.gain ? __ldg(static_cast<const float*>(p_.gain) + filter) * z : z;
       const float scale = p_.mean_scale ? __ldg(static_cast<const float*>(p_.mean_scale) + filter) : float(p_.constant);
       const float bias = p_.bias ? __ldg(static_cast<const float*>(p_.bias) + filter) : 0.0f;
@@ -378,9 +381,9 @@ class Consumer {
   __device__ __forceinline__ void prefetch_residual(const Place& place) const {
     constexpr int kLine = 128 / sizeof(T);
     if (!p_.residual || thread_ >= rows_of(place)) return;
-    const int count = min(int(p_.group_filters()) - place.column, columns);
+    const int count = min(work_.filters - place.column, columns);
     const int64_t row = place.row + first_row() + thread_;
-    const T* from = static_cast<const T*>(p_.residual) + row * p_.filters + place.group * p_.group_filters() + place.column;
+    const T* from = static_cast<const T*>(p_.residual) + row * p_.filters + place.group * work_.filters + place.column;
     for (int i = 0; i < count; i += kLine) prefetch_second_level(from + i);
   }
 
@@ -412,8 +415,8 @@ class Consumer {
       }
       __syncwarp();
       const int column = piece % kParts * Layout::kSlabColumns + octet * kOctet;
-      const int count = min(int(p_.group_filters()) - place.column - column, kOctet);
-      const int filter = place.group * int(p_.group_filters()) + place.column + column;
+      const int count = min(work_.filters - place.column - column, kOctet);
+      const int filter = place.group * work_.filters + place.column + column;
       const int first = piece / kParts * kProductRows + Layout::kSlabRows * warp_;  // of the warp
       float gain[kOctet], shift[kOctet];
       load_octet(p_.gain, filter, count, 1.0f, gain);
@@ -522,12 +525,21 @@ cudaError_t launch_conv_sm90(const ConvForward& p, const ConvPlan& plan, cudaStr
   work.rows = static_cast<int>(rows);
   work.span = static_cast<int>(span);
   work.tiles = static_cast<int>(ceil_divide(rows, span) * columns);
+  work.filters = static_cast<int>(p.group_filters());
   work.chunks = static_cast<int>(chunks);
   work.steps = static_cast<int>(w.taps() * chunks);
   work.flat = is_flat(w);
   work.per_pixel = static_cast<float>(1.0 / static_cast<double>(p.pixels()));
   const auto run = [&](auto kernel) {
-    return launch(kernel, plan.blocks, kBlockThreads, plan.shared, plan.cluster, stream, work);
+    int64_t blocks = plan.blocks;
+    if (plan.cluster > 1) {
+      // One that finds no room would begin all of its tiles when another has ended all of its own.
+      int resident = 0;
+      const cudaError_t failed = resident_clusters(kernel, kBlockThreads, plan.shared, plan.cluster, resident);
+      if (failed != cudaSuccess) return failed;
+      blocks = std::min<int64_t>(blocks, std::max(resident, 1) * plan.cluster);
+    }
+    return launch(kernel, blocks, kBlockThreads, plan.shared, plan.cluster, stream, work);
   };
   return p.dtype == Dtype::f16 ? run(kernel_of<__half>(plan)) : run(kernel_of<__nv_bfloat16>(plan));
 }

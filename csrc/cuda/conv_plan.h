@@ -1,8 +1,8 @@
 // Which kernel runs a convolution, how it is cut into tiles and what that should take. Plain C++: all of it can be looked
 // at without a GPU.
 //
-// Each kernel has one function that says why it does not take a layer, or nothing; and one that plans a layer which it
-// takes.
+// Each kernel has one function that says why it does not take a layer, or nothing, behind what is common to all and stands
+// in why_not; and one that plans a layer which it takes.
 #pragma once
 
 #include <array>
@@ -20,7 +20,7 @@ struct ConvCase {
   int64_t samples, channels, filters, groups;
   Windows windows;
   bool channels_innermost;  // of the output, and so of everything
-  bool aligned;             // every tensor starts at a multiple of 16 bytes
+  bool aligned;             // the operands start at multiples of 16 bytes
   bool centred;
   bool tf32;  // f32 may be rounded to it
 

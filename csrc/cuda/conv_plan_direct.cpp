@@ -117,10 +117,8 @@ class Planner {
 }  // namespace
 
 std::optional<std::string> why_not_direct(const ConvCase& c, const Device& device) {
-  if (!c.channels_innermost) return "the maps are not in channels_last";
   if (c.groups == 1) return "all channels are one group";
   if (c.group_channels() > kMostChannels) return "groups have more than " + std::to_string(kMostChannels) + " channels";
-  if (c.rows() * c.filters * c.input_pixels() * c.channels == 0) return "there is nothing to compute";
   // Pixels, filters, weights of a block and bytes of a row are counted in 32 bits.
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
   const Windows& w = c.windows;

@@ -137,12 +137,10 @@ class Planner {
 
 std::optional<std::string> why_not_sm80(const ConvCase& c, const Device& device, bool held) {
   constexpr int64_t kMostBytes = int64_t(1) << 35;
-  if (!c.channels_innermost) return "the maps are not in channels_last";
   if (c.dtype == Dtype::f64) return "tensor cores take no float64";
   if (c.dtype == Dtype::f32 && !c.tf32) {
     return "float32 without TF32 (torch.backends.cudnn.allow_tf32) is none for tensor cores";
   }
-  if (c.rows() * c.filters == 0 || c.group_channels() * c.input_pixels() == 0) return "there is nothing to compute";
   if (c.groups > 1 && c.group_filters() % 8) return "groups have filters that are no multiple of 8";
   if (tap_bits(c.windows) > kMostTapBits) {
     return "the kernel has more than " + std::to_string(kMostTapBits) + " taps along its padded dimensions";
@@ -154,7 +152,6 @@ std::optional<std::string> why_not_sm80(const ConvCase& c, const Device& device,
   if (std::max(c.samples * c.input_pixels() * c.channels, weights) * size_of(c.dtype) >= kMostBytes) {
     return "input or weight have 32 GiB or more";
   }
-  if (held && !c.centred) return "nothing is centred";
   if (held && c.pixels() > kJoinedMap) {
     return "a map of the output has more than " + std::to_string(kJoinedMap) + " pixels";
   }

@@ -34,6 +34,52 @@ cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int64_t shared) {
   return failed;
 }
 
+// A launch of `blocks` blocks with `shared` bytes each, `cluster` consecutive ones in a thread block cluster.
+struct Configuration {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  Configuration(int64_t blocks, int threads, int64_t shared, int cluster, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+// How many clusters the device keeps at a time, which only the driver knows: its parts differ from die to die.
+template <class... Parameters>
+cudaError_t resident_clusters(void (*kernel)(Parameters...), int threads, int64_t shared, int cluster, int& clusters) {
+  struct Known {
+    const void* kernel;
+    int device, cluster;
+    int64_t shared;
+    int clusters;
+  };
+  thread_local std::vector<Known> known;
+  int device = 0;
+  cudaError_t failed = cudaGetDevice(&device);
+  if (failed != cudaSuccess) return failed;
+  const void* of = reinterpret_cast<const void*>(kernel);
+  for (const Known& k : known) {
+    if (k.kernel == of && k.device == device && k.cluster == cluster && k.shared == shared) {
+      clusters = k.clusters;
+      return cudaSuccess;
+    }
+  }
+  failed = allow_shared_memory(kernel, shared);
+  const Configuration one(cluster, threads, shared, cluster, nullptr);
+  if (failed == cudaSuccess) failed = cudaOccupancyMaxActiveClusters(&clusters, of, &one.config);
+  if (failed == cudaSuccess) known.push_back({of, device, cluster, shared, clusters});
+  return failed;
+}
+
 // `shared` is in bytes; `cluster` consecutive blocks form a thread block cluster (sm_90 and up where it is not 1).
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, int cluster,
@@ -42,18 +88,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   const cudaError_t refused = allow_shared_memory(kernel, shared);
   if (refused != cudaSuccess) return refused;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const Configuration all(blocks, threads, shared, cluster, stream);
+  return cudaLaunchKernelEx(&all.config, kernel, arguments...);
 }
 
 }  // namespace deepcontrol::cuda

@@ -767,6 +767,14 @@ void __ubsan_handle_type_mismatch_v1_abort(const Misaligned* access, uintptr_t a
 #endif
 
 // The driver's functions that a kernel's host code asks the runtime for.
+// One less than there is room for, as where parts of a GPU lack multiprocessors.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const std::lock_guard lock(host_cuda::mutex);
+  const int size = config->numAttrs ? static_cast<int>(config->attrs[0].val.clusterDim.x) : 1;
+  *clusters = std::max(host_cuda::gpu.processors / size - 1, 1);
+  return cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDA_VERSION;
   return cudaSuccess;
