@@ -246,6 +246,34 @@ def test_limits_of_one_kernel(backend, prefer, algorithm, change, words):
         forward(backend, x, w, [stride] * 2, [0, 0], [1, 1], 1)
 
 
+@pytest.mark.parametrize("algorithm", ["fused sm80", "held sm80"])
+def test_one_channel_of_many(backend, prefer, algorithm):
+    """A slice is channels_last although one channel alone could be either."""
+    x, w = channels_last(3, 4, 9, 8, dtype=BF16)[:, 1:2], channels_last(16, 1, 3, 3, dtype=BF16)
+    with prefer(algorithm):
+        got = forward(backend, x, w.to(memory_format=torch.channels_last), *ONE)[0]
+    z = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    torch.testing.assert_close(got.double(), z - z.mean((2, 3), keepdim=True), rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("algorithm", ["fused sm80", "fused sm90"])
+def test_infinity_stays_infinity_in_a_mean(backend, prefer, algorithm):
+    x, w = channels_last(2, 16, 17, 17, dtype=BF16), channels_last(16, 16, 1, 1, dtype=BF16).abs()
+    x[0, 3, 5, 5] = float("inf")
+    with prefer(algorithm):
+        output, map_mean, _ = forward(backend, x, w, [1, 1], [0, 0], [1, 1], 1)
+    assert torch.equal(map_mean[0], torch.full((16,), float("inf")))
+    assert output[0].isnan().sum() == 16  # the pixel itself, of each map
+    assert output[1].isfinite().all()
+
+
+def test_padding_that_leaves_32_bits(backend, prefer):
+    x, w = channels_last(1, 8, 3, 4096, dtype=BF16), channels_last(8, 8, 3, 1, dtype=BF16)
+    for algorithm in ("fused sm80", "fused sm90"):
+        with prefer(algorithm), pytest.raises(RuntimeError, match=r"(padding|stride)"):
+            forward(backend, x, w, [2**19, 1], [2**19, 0], [2**19, 1], 1)
+
+
 def test_a_kernel_that_is_larger_than_the_padded_input(backend, prefer):
     x, w = channels_last(1, 16, 2, 2, dtype=BF16), channels_last(16, 16, 3, 3, dtype=BF16)
     for algorithm in backends.ALGORITHMS:

@@ -134,3 +134,19 @@ def test_other_gpus_have_no_kernels_of_the_h100(gpu):
     plans = plan_conv(64, 64, 64, 1, (1, 28, 28), ones, ones, (0, 0, 0), ones, sm90a=False)
     assert plans["algorithms"]["held sm90"].startswith("this build has no code for sm_90a")
     assert "sm90" not in plans["chosen"]
+
+
+def test_a_large_layer_has_something_to_compute():
+    """Its numbers multiply to a power of two that 64 bits do not hold."""
+    ones = (1, 1, 1)
+    plans = plan_conv(4, 128, 128, 1, (256, 256, 256), ones, ones, (0, 0, 0), ones)
+    assert plans["chosen"] != "two passes"
+
+
+def test_the_weight_gradient_is_taken_where_it_saves_a_pass():
+    ones, triple = (1, 1, 1), (1, 3, 3)
+    plans = plan_conv(256, 256, 256, 1, (1, 14, 14), triple, ones, (0, 1, 1), ones, **A100)
+    assert plans["weight_grad"]["seconds"] < plans["library_weight_grad"]
+    # wgmma, which the library has, is faster.
+    plans = plan_conv(256, 256, 256, 1, (1, 14, 14), triple, ones, (0, 1, 1), ones, **H100)
+    assert plans["weight_grad"]["seconds"] > plans["library_weight_grad"]

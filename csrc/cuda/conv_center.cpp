@@ -200,6 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_center(const Tensor& input, const Tensor
     const Tensor means = at::empty({c.samples, c.windows.taps(), c.channels}, sums);
     WindowMean windows{};
     windows.maps = maps_of(x, format);
+    windows.maps.channels_innermost = true;  // as x is, also of a single channel
     windows.dtype = c.dtype;
     windows.windows = c.windows;
     windows.input = p.input;

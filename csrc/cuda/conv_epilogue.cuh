@@ -14,7 +14,7 @@ constexpr int kOctet = 8;
 template <class A>
 __device__ __forceinline__ void load_octet(const void* vector, int64_t first, int count, A absent, A (&values)[kOctet]) {
   const A* from = static_cast<const A*>(vector) + first;
-  if (vector && count == kOctet && is_aligned(from)) {
+  if (vector && count >= kOctet && is_aligned(from)) {
 #pragma unroll
     for (int j = 0; j < kOctet; j += kVector<A>) {
       const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(from + j));

@@ -44,10 +44,11 @@ __device__ __forceinline__ void load_line(const T* from, float (&values)[kLine])
   }
 }
 
-// high + low is x to 2^-22 of it.
+// high + low is x to 2^-22 of it; an infinity has nothing left.
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
   high = round_to_tf32(__float_as_uint(x));
-  low = round_to_tf32(__float_as_uint(x - __uint_as_float(high)));
+  const float rest = x - __uint_as_float(high);
+  low = fabsf(rest) < INFINITY ? round_to_tf32(__float_as_uint(rest)) : 0;
 }
 
 template <class T>

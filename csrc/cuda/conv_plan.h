@@ -104,7 +104,8 @@ struct Chosen {
 // The one that is predicted to be fastest.
 Chosen choose_conv(const ConvCase& c, const Device& device);
 
-// The least that the library's convolution takes, or its weight gradient and the pass behind it: bytes or operations.
+// The least that the library's convolution takes, bytes or operations; and what its weight gradient and the pass behind it
+// are taken to take.
 double library_seconds(const ConvCase& c, const Device& device);
 double library_weight_grad_seconds(const ConvCase& c, const Device& device);
 

@@ -46,7 +46,8 @@ class Planner {
       for (int stages = kFewestStages; stages <= kMostStages; ++stages) {
         for (const int splits : {1, 2, 3, 4, 6, 8, 12, 16}) {
           if (splits > steps_) break;
-          const ConvPlan plan = cut(kConvTiles[i], stages, splits);
+          // None without a step.
+          const ConvPlan plan = cut(kConvTiles[i], stages, static_cast<int>(ceil_divide(steps_, ceil_divide(steps_, splits))));
           if (plan.blocks && (!best.blocks || plan.seconds < best.seconds)) best = plan;
         }
       }
@@ -136,7 +137,7 @@ class Planner {
 }  // namespace
 
 std::optional<std::string> why_not_sm80(const ConvCase& c, const Device& device, bool held) {
-  constexpr int64_t kMostBytes = int64_t(1) << 35;
+  constexpr double kMostBytes = int64_t(1) << 35;
   if (c.dtype == Dtype::f64) return "tensor cores take no float64";
   if (c.dtype == Dtype::f32 && !c.tf32) {
     return "float32 without TF32 (torch.backends.cudnn.allow_tf32) is none for tensor cores";
@@ -148,9 +149,18 @@ std::optional<std::string> why_not_sm80(const ConvCase& c, const Device& device,
   if (std::max(c.rows(), c.samples * c.input_pixels()) > kMostConvRows) {
     return "input or output have more than " + std::to_string(kMostConvRows) + " pixels";
   }
-  const int64_t weights = c.filters * c.windows.taps() * c.group_channels();
-  if (std::max(c.samples * c.input_pixels() * c.channels, weights) * size_of(c.dtype) >= kMostBytes) {
-    return "input or weight have 32 GiB or more";
+  // Offsets count from where the first tap sees the first pixel, and may go as far behind the last.
+  double reach = 0, plane = 1;
+  for (int d = 2; d >= 0; --d) {
+    reach += (c.windows.padding[d] + c.windows.dilation[d] * double(c.windows.kernel[d] - 1)) * plane;
+    plane *= c.windows.size[d];
+  }
+  const double seen = double(c.samples) * plane + reach, terms = double(c.windows.taps()) * c.group_channels();
+  if (seen > kMostConvRows || terms > kMostConvRows) {
+    return "padding and dilation, or the kernel, reach over more than " + std::to_string(kMostConvRows) + " pixels";
+  }
+  if (std::max(seen * c.channels, c.filters * terms) * size_of(c.dtype) >= kMostBytes) {
+    return "input with its padding, or weight, have 32 GiB or more";
   }
   if (held && c.pixels() > kJoinedMap) {
     return "a map of the output has more than " + std::to_string(kJoinedMap) + " pixels";
