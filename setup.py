@@ -5,7 +5,7 @@ The compiled extension fits only the torch it is built with, so install that tor
 
 DEEPCONTROL_EXTENSION=0  leaves the extension out; the package then runs through its PyTorch reference.
 DEEPCONTROL_CUDA=0|1     leaves the CUDA kernels out, or refuses to build without them.
-TORCH_CUDA_ARCH_LIST     names the GPUs to build for ("8.0;9.0a"), else those that torch runs on; on an H100 the fused
+TORCH_CUDA_ARCH_LIST     names the GPUs to build for ("8.0;9.0a"), else torch's from 8.0 up; on an H100 the fused
                          convolution by TMA and wgmma needs 9.0a, without 9.0 beside it.
 MAX_JOBS=n               is the number of compilers at a time, else chosen from cores and free memory.
 CXX=name                 is the C++ compiler.

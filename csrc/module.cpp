@@ -11,6 +11,9 @@ namespace py = pybind11;
 
 static deepcontrol::Dtype dtype_named(const std::string& name) {
   using deepcontrol::Dtype;
+  if (name != "float64" && name != "bfloat16" && name != "float16" && name != "float32") {
+    throw py::value_error("dtype: got '" + name + "', wanted float32, float64, bfloat16 or float16");
+  }
   return name == "float64"    ? Dtype::f64
          : name == "bfloat16" ? Dtype::bf16
          : name == "float16"  ? Dtype::f16
@@ -44,6 +47,20 @@ static py::dict plan_conv(int64_t samples, int64_t channels, int64_t filters, in
                           const std::string& dtype, bool channels_innermost, bool centred, bool tf32, int capability,
                           int processors, int64_t shared_memory, bool sm90a) {
   using namespace deepcontrol;
+  const auto check = [](bool right, const std::string& what) {
+    if (!right) throw py::value_error(what);
+  };
+  check(samples >= 0 && channels > 0 && filters > 0, "samples, channels, filters: wanted positive integers");
+  check(groups > 0 && channels % groups == 0 && filters % groups == 0,
+        "groups: got " + std::to_string(groups) + ", wanted a divisor of " + std::to_string(channels) + " channels and " +
+            std::to_string(filters) + " filters");
+  check(capability >= 80 && processors > 0 && shared_memory > 0,
+        "capability, processors, shared_memory: wanted a GPU of compute capability 8.0 (80) or higher");
+  for (int d = 0; d < 3; ++d) {
+    check(kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0,
+          "kernel, stride, dilation: wanted integers of at least 1, for the padding 0");
+    check(size[d] + 2 * padding[d] > dilation[d] * (kernel[d] - 1), "size: the kernel is larger than the padded input");
+  }
   cuda::ConvCase c{};
   c.dtype = dtype_named(dtype);
   c.samples = samples;

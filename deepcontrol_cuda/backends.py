@@ -161,9 +161,9 @@ def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geome
 
 _PREDICTED = "predicted fastest from bytes and operations, not timed"
 ALGORITHMS = {
-    "fused sm90": "one fused pass by TMA and wgmma, its means known before",
+    "fused sm90": "a short pass for the means and one fused pass by TMA and wgmma",
     "held sm90": "one fused pass by TMA and wgmma that holds each map",
-    "fused sm80": "one fused pass by mma.sync, its means known before",
+    "fused sm80": "a short pass for the means and one fused pass by mma.sync",
     "held sm80": "one fused pass by mma.sync that holds each map",
     "direct": "one direct pass",
     "two passes": "two passes, cuDNN's convolution and then center",
@@ -256,8 +256,15 @@ def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
     A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass; of the
     weight gradient "two passes" is the library's, all others this package's own where it has one. The preference is one
     for the whole process. ``ValueError`` for an unknown name.
+
+    Args:
+        backend: one that has these algorithms.
     """
     global _algorithm
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: got {algorithm!r}, wanted one of {', '.join(map(repr, ALGORITHMS))}")
+    if backend not in _compiled or backend in ("cpu", "triton"):
+        raise ValueError(f"backend: got {backend!r}, wanted 'cuda'; the others have no algorithms to prefer")
     if backend == "cuda" and (reason := _why_no_cuda()):
         raise RuntimeError(f"backend 'cuda': {reason}")
     set_algorithm = getattr(torch.ops, _compiled[backend].namespace).prefer_algorithm

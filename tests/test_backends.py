@@ -494,3 +494,25 @@ def test_a_backend_of_the_tests_is_one_like_the_others(monkeypatch):
     assert backends.choose(X, "second") == "second"
     assert backends.choose(X) == "cpu"
     assert torch.equal(autograd.center(X, None, None, None, None, "relu", 0.0, "second"), torch.zeros_like(X))
+
+
+@pytest.mark.parametrize("algorithm", ["fastest", "", None, ["direct"]])
+def test_an_unknown_algorithm_is_not_preferred(algorithm):
+    with (
+        pytest.raises(ValueError, match=r"algorithm: got .*, wanted one of 'fused sm90', "),
+        backends.prefer(algorithm),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton", "bogus", None])
+def test_other_backends_have_no_algorithms_to_prefer(backend):
+    with pytest.raises(ValueError, match=r"backend: got .*, wanted 'cuda'"), backends.prefer("direct", backend):
+        pass
+
+
+def test_an_algorithm_is_preferred_where_cuda_is():
+    if (reason := backends.available()["cuda"]) is None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda': {reason}")), backends.prefer("direct"):
+        pass

@@ -150,3 +150,27 @@ def test_the_weight_gradient_is_taken_where_it_saves_a_pass():
     # wgmma, which the library has, is faster.
     plans = plan_conv(256, 256, 256, 1, (1, 14, 14), triple, ones, (0, 1, 1), ones, **H100)
     assert plans["weight_grad"]["seconds"] > plans["library_weight_grad"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"groups": 0}, "groups: got 0, wanted a divisor of 64 channels"),
+        ({"groups": 3}, "groups: got 3"),
+        ({"stride": (1, 0, 1)}, "stride"),
+        ({"samples": -1}, "samples"),
+        ({"processors": 0}, "processors"),
+        ({"capability": 75}, "compute capability 8.0"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"size": (1, 2, 2), "kernel": (1, 3, 3)}, "larger than the padded input"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_layer_that_cannot_be_is_refused(change, words):
+    ones = (1, 1, 1)
+    layer = {
+        "samples": 2, "channels": 64, "filters": 64, "groups": 1, "size": (1, 8, 8), "kernel": ones, "stride": ones,
+        "padding": (0, 0, 0), "dilation": ones,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        plan_conv(**(layer | change))

@@ -147,7 +147,7 @@ std::optional<std::string> why_not_mapped(const Windows& w) {
 
 std::optional<std::string> why_not_sm90(const ConvCase& c, const Device& device, bool held) {
   if (device.capability != 90) return "the GPU's compute capability is not 9.0";
-  if (!device.sm90a) return "this build has no code for sm_90a (TORCH_CUDA_ARCH_LIST with 9.0a makes it)";
+  if (!device.sm90a) return "this build has no code for sm_90a (TORCH_CUDA_ARCH_LIST with 9.0a, without 9.0, makes it)";
   if (c.dtype != Dtype::bf16 && c.dtype != Dtype::f16) return "it takes bfloat16 and float16 only";
   if (!c.aligned) return "a tensor does not start at a multiple of 16 bytes";
   if (c.group_channels() % 8) return "the channels of a group are no multiple of 8";
