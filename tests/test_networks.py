@@ -1,0 +1,88 @@
+"""The networks are those of the papers, and what they are trained with is what its name says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepcontrol_cuda.training.methods import METHODS
+from deepcontrol_cuda.training.networks import Architecture, BasicBlock, Bottleneck
+
+TINY = Architecture(BasicBlock, (4, 8), (1, 1))
+NAMES = [name for name in METHODS if not name.startswith("mean_shift") and name != "deep_control"]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "classes", "parameters"),
+    [
+        # arXiv 1512.03385, table 6, names 0.27 M and 1.7 M; its shortcuts without parameters save the two 1x1 layers.
+        ("resnet20", 10, 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64)),
+        ("resnet110", 10, 1_727_962 + 16 * 32 + 32 * 64 + 2 * (32 + 64)),
+        ("resnet50", 1000, 25_557_032),  # torchvision's
+    ],
+)
+def test_parameters_are_as_many_as_known(network, classes, parameters):
+    assert count(METHODS["batch_norm"].build(network, 3, classes, seed=0)) == parameters
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_shapes(name, block):
+    images = torch.randn(3, 2, 33, 33)
+    for large_images in (False, True):
+        model = METHODS[name].build(Architecture(block, (4, 8), (1, 2), large_images), 2, 5, seed=0)
+        seen = []
+        model.blocks.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.shape))
+        assert model(images).shape == (3, 5)
+        size = 5 if large_images else 17
+        assert seen == [(3, 8 * block.expansion, size, size)]
+
+
+def kernels(name: str, seed: int) -> list[torch.Tensor]:
+    model = METHODS[name].build(TINY, 1, 10, seed)
+    return [parameter for parameter in model.parameters() if parameter.dim() > 1]
+
+
+def test_one_seed_is_one_start_for_all_methods_of_one_initialisation():
+    starts = [kernels(name, 3) for name in NAMES]
+    for start in starts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(starts[0], start, strict=True))
+    assert not torch.equal(starts[0][0], kernels(NAMES[0], 4)[0])
+
+
+def test_building_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    METHODS["none"].build(TINY, 1, 10, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradient_centralization_acts_on_gradients_until_removed():
+    method = METHODS["gradient_centralization"]
+    model = method.build(TINY, 1, 10, seed=0)
+    optimizer = torch.optim.SGD(method.parameter_groups(model, 0.1))
+    handles = method.attach(model, optimizer)
+
+    def step() -> list[torch.Tensor]:
+        model(torch.randn(2, 1, 8, 8)).square().sum().backward()
+        optimizer.step()
+        return [p.grad.flatten(1).mean(1).abs().max() for p in model.parameters() if p.dim() > 1]
+
+    assert max(step()) < 1e-6
+    for handle in handles:
+        handle.remove()
+    assert min(step()) > 1e-4
+
+
+def test_only_weights_decay():
+    method = METHODS["batch_norm"]
+    model = method.build(TINY, 1, 10, seed=0)
+    groups = method.parameter_groups(model, 0.1, weight_decay=0.01)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert {group["lr"] for group in groups} == {0.1}
+    assert all(decays.pop(id(p)) == (0.01 if p.dim() > 1 else 0) for p in model.parameters())
+    assert not decays
