@@ -11,10 +11,11 @@ if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (
 ).is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
-from . import backends, functional, reference
+from . import backends, functional, init, mean_shift, reference
 from ._version import __version__
+from .calibrate import calibrate_gain_
 from .convert import replace_conv_bn
-from .mean_shift import project_kernel_gradients_
+from .mean_shift import MeanShiftRejection, project_kernel_gradients_, spatial_kernels, unity_decay
 from .modules import (
     DeepControl1d,
     DeepControl2d,
@@ -22,6 +23,10 @@ from .modules import (
     DeepControlConv1d,
     DeepControlConv2d,
     DeepControlConv3d,
+    MapNoise,
+    MeanShiftConv1d,
+    MeanShiftConv2d,
+    MeanShiftConv3d,
 )
 
 __all__ = [
@@ -31,10 +36,20 @@ __all__ = [
     "DeepControlConv1d",
     "DeepControlConv2d",
     "DeepControlConv3d",
+    "MapNoise",
+    "MeanShiftConv1d",
+    "MeanShiftConv2d",
+    "MeanShiftConv3d",
+    "MeanShiftRejection",
     "__version__",
     "backends",
+    "calibrate_gain_",
     "functional",
+    "init",
+    "mean_shift",
     "project_kernel_gradients_",
     "reference",
     "replace_conv_bn",
+    "spatial_kernels",
+    "unity_decay",
 ]

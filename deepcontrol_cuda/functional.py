@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import activations, autograd, backends, reference
 
-__all__ = ["deep_control", "deep_control_conv1d", "deep_control_conv2d", "deep_control_conv3d"]
+__all__ = ["deep_control", "deep_control_conv1d", "deep_control_conv2d", "deep_control_conv3d", "map_noise"]
 
 
 def deep_control(
@@ -208,6 +209,56 @@ def deep_control_conv3d(
     )  # fmt: skip
 
 
+def map_noise(
+    input: Tensor,
+    scale: float = 0.1,
+    shift: float = 0.0,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Scale and shift every map at random: ``(input - e) * d``, one ``e`` and one ``d`` for each sample and channel.
+
+    ``d ~ U(1 - scale, 1 + scale)`` and ``e ~ U(-shift, shift)`` are constant over a map and get no gradient. It stands
+    in for the noise that a minibatch's statistics bring with them. Sources: arXiv 1911.13173, abstract;
+    ``PerMapRandomScalingLayer.py`` of the authors' code (taylorkangbeck/mean-shift-rejection), where 0.1 and 0 are
+    used, at the input of each residual block ahead of the split.
+
+    Args:
+        input: (N, C, *spatial) or (N, C), any floating dtype.
+        scale: half the width of the factor's range, from 0 to 1.
+        shift: half the width of the offset's range, in the units of ``input``, at least 0.
+        training: False returns ``input`` itself.
+        generator: source of the draw, on the device of ``input``; None is torch's default.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``; draws are rounded to that dtype. One generator
+        state gives the same draws in every memory format.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    _check_tensors(input=input)
+    if not input.is_floating_point():
+        raise TypeError(f"input: got dtype {input.dtype}, wanted a floating dtype")
+    if input.dim() < 2:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, *spatial)")
+    check_noise(scale, shift)
+    if not training or scale == shift == 0:
+        return input
+    size = (*input.shape[:2], *(1,) * (input.dim() - 2))
+
+    def draw(low: float, high: float) -> Tensor:
+        # At least float32: uniform draws in 16 bits have ties and can reach the open end.
+        values = torch.empty(size, dtype=torch.promote_types(input.dtype, torch.float32), device=input.device)
+        return values.uniform_(low, high, generator=generator)
+
+    factor = draw(1 - scale, 1 + scale)
+    if shift == 0:
+        return input * factor.to(input.dtype)
+    offset = draw(-shift, shift) * factor
+    return torch.addcmul(-offset.to(input.dtype), input, factor.to(input.dtype))
+
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -229,6 +280,15 @@ def check_fraction(name: str, value: float) -> None:
         raise TypeError(f"{name}: got {value!r}, wanted a number from 0 to 1")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value!r}, wanted a number from 0 to 1")
+
+
+def check_noise(scale: float, shift: float) -> None:
+    """Raise unless the two can be ``map_noise``'s."""
+    check_fraction("scale", scale)
+    if not isinstance(shift, (int, float)):
+        raise TypeError(f"shift: got {shift!r}, wanted a number of at least 0")
+    if not 0.0 <= shift < math.inf:
+        raise ValueError(f"shift: got {shift!r}, wanted a number of at least 0")
 
 
 def _check_tensors(**arguments: Tensor | None) -> None:

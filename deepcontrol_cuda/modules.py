@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from . import activations, functional
+from . import activations, functional, init
 
 __all__ = [
     "DeepControl1d",
@@ -15,6 +17,10 @@ __all__ = [
     "DeepControlConv1d",
     "DeepControlConv2d",
     "DeepControlConv3d",
+    "MapNoise",
+    "MeanShiftConv1d",
+    "MeanShiftConv2d",
+    "MeanShiftConv3d",
 ]
 
 
@@ -47,6 +53,11 @@ def _control_repr(module: nn.Module) -> str:
         parts.append(f"mean_scale={module.fixed_mean_scale:g}")
     if module.shared:
         parts.append("shared=True")
+    return "".join(f", {part}" for part in parts) + _activation_repr(module)
+
+
+def _activation_repr(module: nn.Module) -> str:
+    parts = []
     if module.activation != "identity":
         parts.append(f"activation={module.activation!r}")
     if module.activation == "leaky_relu":
@@ -136,11 +147,40 @@ class DeepControl3d(_DeepControl):
     spatial_rank = 3
 
 
-class _DeepControlConv:
-    """What the three convolutions add to ``torch.nn.Conv1d/2d/3d``."""
+class _FusedConv:
+    """What all fused convolutions add to ``torch.nn.Conv1d/2d/3d``; the bias is added behind the gain."""
 
     _functional = None
 
+    def __init__(
+        self, *geometry, activation: str, negative_slope: float, projection: float, backend: str | None, **options
+    ) -> None:
+        if activation not in activations.ACTIVATIONS:
+            raise activations.unknown(activation)
+        functional.check_fraction("projection", projection)
+        super().__init__(*geometry, bias=False, **options)
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.projection = projection
+        self.backend = backend
+
+    def _gain_and_mean_scale(self) -> tuple[Tensor | None, Tensor | float]:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        gain, mean_scale = self._gain_and_mean_scale()
+        return type(self)._functional(
+            input, self.weight, gain, mean_scale, self.bias, self.stride, padding, self.dilation, self.groups,
+            residual=residual, activation=self.activation, negative_slope=self.negative_slope,
+            projection=self.projection, backend=self.backend,
+        )  # fmt: skip
+
+
+class _DeepControlConv(_FusedConv):
     def __init__(
         self,
         in_channels: int,
@@ -163,18 +203,12 @@ class _DeepControlConv:
         projection: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        if activation not in activations.ACTIVATIONS:
-            raise activations.unknown(activation)
-        functional.check_fraction("projection", projection)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
-            device, dtype,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode=padding_mode,
+            device=device, dtype=dtype, activation=activation, negative_slope=negative_slope, projection=projection,
+            backend=backend,
         )  # fmt: skip
         self.shared = shared
-        self.activation = activation
-        self.negative_slope = negative_slope
-        self.projection = projection
-        self.backend = backend
         _register_control(self, out_channels, gain, mean_scale, bias, shared, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -184,17 +218,8 @@ class _DeepControlConv:
         if "fixed_mean_scale" in self.__dict__:
             _reset_control(self)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        mean_scale = self.mean_scale if self.fixed_mean_scale is None else self.fixed_mean_scale
-        return type(self)._functional(
-            input, self.weight, self.gain, mean_scale, self.bias, self.stride, padding, self.dilation, self.groups,
-            residual=residual, activation=self.activation, negative_slope=self.negative_slope,
-            projection=self.projection, backend=self.backend,
-        )  # fmt: skip
+    def _gain_and_mean_scale(self) -> tuple[Tensor | None, Tensor | float]:
+        return self.gain, self.mean_scale if self.fixed_mean_scale is None else self.fixed_mean_scale
 
     def extra_repr(self) -> str:
         projection = f", projection={self.projection:g}" if self.projection else ""
@@ -232,3 +257,150 @@ class DeepControlConv2d(_DeepControlConv, nn.Conv2d):
 class DeepControlConv3d(_DeepControlConv, nn.Conv3d):
     __doc__ = _CONV_DOC.format(rank=3, shape="(N, C, D, H, W)")
     _functional = staticmethod(functional.deep_control_conv3d)
+
+
+class _MeanShiftConv(_FusedConv):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        scaling: str | None = "exp",
+        initial_scale: float = 0.8,
+        shared: bool = False,
+        scaling_noise: float = 0.0,
+        projection: float = 0.9,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+    ) -> None:
+        if scaling not in ("exp", "linear", None):
+            raise ValueError(f"scaling: got {scaling!r}, wanted 'exp', 'linear' or None")
+        if not isinstance(initial_scale, (int, float)) or not 0 < initial_scale < math.inf:
+            raise ValueError(f"initial_scale: got {initial_scale!r}, wanted a positive number")
+        functional.check_fraction("scaling_noise", scaling_noise)
+        self.scaling = scaling
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode=padding_mode,
+            device=device, dtype=dtype, activation=activation, negative_slope=negative_slope, projection=projection,
+            backend=backend,
+        )  # fmt: skip
+        self.initial_scale = initial_scale
+        self.shared = shared
+        self.scaling_noise = scaling_noise
+        where = {"device": device, "dtype": dtype}
+        size = 1 if shared else out_channels
+        if scaling is not None:
+            self.register_parameter(self._scale_name, Parameter(torch.empty(size, **where)))
+        self.register_parameter("bias", Parameter(torch.empty(out_channels, **where)) if bias else None)
+        self._reset_vectors()
+
+    @property
+    def _scale_name(self) -> str:
+        return "log_scale" if self.scaling == "exp" else "scale"
+
+    def reset_parameters(self) -> None:
+        init.zero_mean_unit_(self.weight)
+        if "initial_scale" in self.__dict__:
+            self._reset_vectors()
+
+    def _reset_vectors(self) -> None:
+        if self.scaling == "exp":
+            nn.init.constant_(self.log_scale, math.log(self.initial_scale))
+        elif self.scaling == "linear":
+            nn.init.constant_(self.scale, self.initial_scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _gain_and_mean_scale(self) -> tuple[Tensor | None, Tensor | float]:
+        scale = None if self.scaling is None else self.log_scale.exp() if self.scaling == "exp" else self.scale
+        if self.scaling_noise and self.training:
+            like = self.weight if scale is None else scale
+            noise = torch.empty(self.out_channels, dtype=like.dtype, device=like.device)
+            noise = noise.uniform_(1 - self.scaling_noise, 1 + self.scaling_noise)
+            scale = noise if scale is None else scale * noise
+        return scale, 0.0
+
+    def extra_repr(self) -> str:
+        parts = [f"scaling={self.scaling!r}", *(["shared=True"] if self.shared else [])]
+        if self.scaling_noise:
+            parts.append(f"scaling_noise={self.scaling_noise:g}")
+        parts.append(f"projection={self.projection:g}")
+        return super().extra_repr() + "".join(f", {part}" for part in parts) + _activation_repr(self)
+
+
+_MEAN_SHIFT_DOC = """Convolution by scaled kernels of mean zero, where conv + BatchNorm (+ activation) stood.
+
+    ``act(conv{rank}d(input, s * weight) + bias + residual)`` with one learned scale ``s`` a filter: Mean Shift Rejection.
+    The weight starts as ``init.zero_mean_unit_`` makes it, and backward subtracts from its gradient ``projection``
+    times the gradient's mean over the taps, for each filter and input channel; kernels with one tap are not projected.
+    Nothing depends on the batch; training and evaluation differ only in ``scaling_noise``. Sources: arXiv 1911.13173,
+    abstract; ``ConvScalingLayer.py`` and the recorded command line of the authors' code
+    (taylorkangbeck/mean-shift-rejection), which the defaults follow. There residual blocks see ``MapNoise``, weights
+    have ``unity_decay``, and only the first convolution, which is not projected, and the classifier have a bias.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv{rank}d``.
+        bias: learn a bias (initially 0), added behind the scale.
+        scaling: "exp" learns ``log_scale`` and scales by its exponential, which stays positive; "linear" learns
+            ``scale``; None has none.
+        initial_scale: what ``s`` starts as, positive.
+        shared: one scale for the layer in place of one a filter.
+        scaling_noise: in training each filter's scale is multiplied by a draw from U(1 - a, 1 + a), one a forward;
+            from 0 to 1.
+        projection: weight of the mean that backward subtracts, from 0 to 1.
+        activation, negative_slope, backend: as in ``functional.deep_control_conv{rank}d``.
+
+    ``forward(input, residual=None)`` maps {shape} to the shape of the convolution's output; ``residual`` has that
+    shape. Errors as in ``functional.deep_control_conv{rank}d``.
+    """
+
+
+class MeanShiftConv1d(_MeanShiftConv, nn.Conv1d):
+    __doc__ = _MEAN_SHIFT_DOC.format(rank=1, shape="(N, C, L)")
+    _functional = staticmethod(functional.deep_control_conv1d)
+
+
+class MeanShiftConv2d(_MeanShiftConv, nn.Conv2d):
+    __doc__ = _MEAN_SHIFT_DOC.format(rank=2, shape="(N, C, H, W)")
+    _functional = staticmethod(functional.deep_control_conv2d)
+
+
+class MeanShiftConv3d(_MeanShiftConv, nn.Conv3d):
+    __doc__ = _MEAN_SHIFT_DOC.format(rank=3, shape="(N, C, D, H, W)")
+    _functional = staticmethod(functional.deep_control_conv3d)
+
+
+class MapNoise(nn.Module):
+    """``functional.map_noise`` in training, the identity in evaluation.
+
+    Args:
+        scale, shift: as in ``functional.map_noise``.
+        generator: source of the draws, on the input's device; None is torch's default, which ``torch.manual_seed``
+            sets, ``torch.utils.checkpoint`` replays and ``torch.compile`` needs.
+
+    ``forward(input)`` keeps the shape, dtype and memory format of (N, C, *spatial).
+    """
+
+    def __init__(self, scale: float = 0.1, shift: float = 0.0, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        functional.check_noise(scale, shift)
+        self.scale = scale
+        self.shift = shift
+        self.generator = generator
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.map_noise(input, self.scale, self.shift, self.training, self.generator)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, shift={self.shift:g}"

@@ -1,0 +1,106 @@
+"""Sets the gains of a network from one batch, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import modules
+
+__all__ = ["calibrate_gain_"]
+
+_LAYERS = (modules._DeepControl, modules._DeepControlConv, modules._MeanShiftConv)
+
+
+def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) -> list[str]:
+    """Set every gain, in the order of calls, so that what it scales has standard deviation 1 over ``batch``.
+
+    ``gain_c <- gain_c / std(gain_c * (z - mean_scale * mean(z)))`` for ``DeepControl*`` and ``DeepControlConv*``, and
+    ``s_c <- s_c / std(s_c * conv(x, w))`` for ``MeanShiftConv*``: over samples and pixels, per channel, or over all
+    channels where the gain is shared, ahead of bias, residual and activation. One forward does it: each layer is set
+    before the next sees its output. Taking the mean out of a map takes signal energy with it, so with gains of 1 the
+    signal fades from layer to layer; the method's papers do not say how they start.
+
+    The forward runs in ``eval()``, so without dropout and noise, and without recording gradients. Modes are restored.
+    Channels whose deviation is nothing but rounding (dead ones, maps of one pixel) and layers without a learned gain
+    keep what they have. On several machines calibrate ahead of wrapping the model, with the same batch on each.
+
+    Args:
+        model: holds at least one layer with a learned gain. A layer called several times is set by its first call.
+        batch: the model's argument, a tuple or list of them, or a mapping of keyword arguments.
+
+    Returns:
+        The names of the layers that were set, in the order of calls.
+
+    Raises:
+        ValueError: no layer was called that has a learned gain, or an output is not finite. After any error the gains
+            are as they were.
+    """
+    model = getattr(model, "_orig_mod", model)  # hooks inside a compiled graph would not be called
+    names = {module: name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    before: dict[Tensor, Tensor] = {}
+    training = {module: module.training for module in model.modules()}
+    done: list[str] = []
+
+    def calibrate(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        gain = _gain(module)
+        if gain is None or names[module] in done:
+            return None
+        before[gain] = gain.clone()
+        _divide_by_deviation_(module, gain, args[0] if args else kwargs["input"], names[module])
+        done.append(names[module])
+        return module.forward(*args, **kwargs)
+
+    hooks = [module.register_forward_hook(calibrate, with_kwargs=True) for module in names]
+    try:
+        with torch.no_grad():
+            model.eval()
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+            if not done:
+                raise ValueError(
+                    "model: no layer was called that has a learned gain, wanted DeepControl or MeanShiftConv"
+                )
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return done
+
+
+def _gain(module: nn.Module) -> Tensor | None:
+    """The parameter that holds the gain, or its logarithm."""
+    if isinstance(module, modules._MeanShiftConv):
+        return None if module.scaling is None else getattr(module, module._scale_name)
+    return module.gain
+
+
+def _divide_by_deviation_(module: nn.Module, gain: Tensor, input: Tensor, name: str) -> None:
+    activation, module.activation = module.activation, "identity"
+    try:
+        scaled = module.forward(input)
+    finally:
+        module.activation = activation
+    axes = (0, *range(2, scaled.dim()))
+    # The mean of each channel is taken out first also for a shared gain: a bias is constant over a channel.
+    deviation = scaled.float().var(axes, correction=0)
+    if gain.shape[0] == 1:
+        deviation = deviation.mean(0, keepdim=True)
+    deviation = deviation.sqrt()
+    if not deviation.isfinite().all():
+        layer = name or "the model"
+        raise ValueError(f"batch: the output of {layer} is not finite, wanted finite images and parameters")
+    rounding = torch.finfo(torch.float32).eps ** 0.5 * deviation.max()
+    deviation = torch.where(deviation > rounding, deviation, 1.0)
+    if isinstance(module, modules._MeanShiftConv) and module.scaling == "exp":
+        gain -= deviation.log()
+    else:
+        gain /= deviation
