@@ -340,7 +340,7 @@ class _MeanShiftConv(_FusedConv):
 
 _MEAN_SHIFT_DOC = """Convolution by scaled kernels of mean zero, where conv + BatchNorm (+ activation) stood.
 
-    ``act(conv{rank}d(input, s * weight) + bias + residual)`` with one learned scale ``s`` a filter: Mean Shift Rejection.
+    ``act(conv{rank}d(input, s * weight) + bias + residual)``, one learned scale ``s`` a filter: Mean Shift Rejection.
     The weight starts as ``init.zero_mean_unit_`` makes it, and backward subtracts from its gradient ``projection``
     times the gradient's mean over the taps, for each filter and input channel; kernels with one tap are not projected.
     Nothing depends on the batch; training and evaluation differ only in ``scaling_noise``. Sources: arXiv 1911.13173,
