@@ -62,11 +62,10 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
             else:
                 model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
             if not done:
-                raise ValueError(
-                    "model: no layer was called that has a learned gain, wanted DeepControl or MeanShiftConv"
-                )
+                raise ValueError("model: got no call of a DeepControl or MeanShiftConv layer with a learned gain")
     except BaseException:
-        model.load_state_dict(before)
+        for gain, value in before.items():
+            gain.data.copy_(value)
         raise
     finally:
         for hook in hooks:

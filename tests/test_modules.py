@@ -33,8 +33,10 @@ modules = pytest.mark.parametrize(
         lambda **where: dc.DeepControl2d(4, gain=False, mean_scale=0.5, shared=True, **where),
         lambda **where: dc.DeepControlConv2d(4, 4, 3, padding=1, activation="silu", projection=0.9, **where),
         lambda **where: dc.DeepControlConv2d(4, 4, 3, padding="same", bias=False, shared=True, **where),
+        lambda **where: dc.MeanShiftConv2d(4, 4, 3, padding=1, bias=True, activation="relu", **where),
+        lambda **where: dc.MeanShiftConv2d(4, 4, 3, padding=1, scaling="linear", shared=True, projection=0.0, **where),
     ],
-    ids=["center", "center-fixed", "conv", "conv-shared"],
+    ids=["center", "center-fixed", "conv", "conv-shared", "mean-shift", "mean-shift-linear"],
 )
 
 
@@ -59,6 +61,12 @@ def test_arguments_stand_where_torch_has_them(rank):
     norm, batch_norm = NORMS[rank]
     assert next(iter(inspect.signature(norm).parameters)) == next(iter(inspect.signature(batch_norm).parameters))
     assert issubclass(conv, plain)
+    mean_shift = (dc.MeanShiftConv1d, dc.MeanShiftConv2d, dc.MeanShiftConv3d)[rank - 1]
+    positional = [
+        p.name for p in inspect.signature(mean_shift).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    assert positional == wanted
+    assert issubclass(mean_shift, plain)
 
 
 @ranks
@@ -217,8 +225,13 @@ def test_state_dict_of_other_options_is_refused():
             "DeepControlConv2d(3, 8, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), bias=False, activation='relu', "
             "projection=0.9)",
         ),
+        (
+            lambda: dc.MeanShiftConv2d(3, 8, 1, shared=True, scaling_noise=0.1, activation="relu", backend="cpu"),
+            "MeanShiftConv2d(3, 8, kernel_size=(1, 1), stride=(1, 1), bias=False, scaling='exp', shared=True, "
+            "scaling_noise=0.1, projection=0.9, activation='relu', backend='cpu')",
+        ),
     ],
-    ids=["plain", "options", "slope", "conv"],
+    ids=["plain", "options", "slope", "conv", "mean-shift"],
 )
 def test_extra_repr(layer, text):
     assert repr(layer()) == text

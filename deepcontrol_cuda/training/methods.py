@@ -63,10 +63,6 @@ def _mean_shift(
     )
 
 
-def _map_noise(scale: float) -> nn.Module:
-    return dc.MapNoise(scale)
-
-
 def _kaiming_(kernel: Tensor, generator: torch.Generator) -> None:
     nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu", generator=generator)
 
@@ -178,7 +174,7 @@ def _mean_shift_rejection(
         label,
         partial(layer, projection=projection),
         partial(layer, projection=0.0, bias=True),
-        partial(_map_noise, noise) if noise else nn.Identity,
+        partial(dc.MapNoise, noise) if noise else nn.Identity,
         _zero_mean_ if zero_mean else _uniform_,
         calibrated=calibrated,
         unity_decay=unity_decay,
