@@ -50,14 +50,15 @@ def read(path: Path) -> dict[str, Any]:
         TrainingError: there is none, or what is there is damaged or something else.
     """
     try:
-        if not zipfile.is_zipfile(path):
+        content = path.read_bytes()
+        if not zipfile.is_zipfile(io.BytesIO(content)):
             raise TrainingError(_unusable(path, "it is cut off or no checkpoint at all"))
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             # torch.load does not look at the checksums.
             damaged = archive.testzip()
         if damaged is not None:
             raise TrainingError(_unusable(path, f"the checksum of its part {damaged} is wrong"))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise TrainingError(
             f"{path} does not exist, so there is no run to resume; start one without --resume"

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Settings, data or files are not what they must be; the message says what was given, what is wanted, what helps."""
+    """Settings, data or files are not what they must be; the message says what is wanted and what helps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import TrainingError
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("what is trained on what")
     add("dataset", choices=DATASETS, help="default: digits, which come with scikit-learn")
-    add("data", metavar="PATH", help="cifar10, cifar100: folder or .tar.gz of the python version; "
+    add("data", type=Path, metavar="PATH", help="cifar10, cifar100: folder or .tar.gz of the python version; "
         "imagefolder: folder with train/CLASS/*.jpg and val/CLASS/*.jpg (or other formats)")  # fmt: skip
     add("network", choices=tuple(NETWORKS), help="default: resnet10 for digits, resnet20 for CIFAR, resnet50")
     add("method", choices=MAIN_METHODS, help="default: deep_control")
@@ -161,7 +162,7 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     longer = "epochs" in given and given["epochs"] > saved["epochs"] and saved["schedule"] != "cosine"
     differing = [k for k, value in given.items() if value != saved[k] and not (k == "epochs" and longer)]
     if differing:
-        listed = "; ".join(f"{_option(k)}: got {given[k]}, the run has {saved[k]}" for k in differing)
+        listed = "; ".join(f"{option(k)}: got {given[k]}, the run has {saved[k]}" for k in differing)
         why = ""
         if "epochs" in differing:
             why = " (--epochs may only grow, and not under a cosine, whose rates so far would have been others)"
@@ -177,7 +178,8 @@ def _names() -> set[str]:
     return {field.name for field in fields(Settings)}
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """The option of the command that sets what the code calls ``name``."""
     return "--" + name.replace("_", "-")
 
 
@@ -186,7 +188,7 @@ def _check(settings: Settings, given: dict[str, Any]) -> None:
 
     def want(name: str, right: bool, wanted: str) -> None:
         if not right:
-            raise TrainingError(f"{_option(name)}: got {values[name]}, wanted {wanted}")
+            raise TrainingError(f"{option(name)}: got {values[name]}, wanted {wanted}")
 
     for name in ("epochs", "batch_size", "accumulate", "image_size"):
         want(name, values[name] >= 1, "at least 1")
@@ -211,4 +213,4 @@ def _check(settings: Settings, given: dict[str, Any]) -> None:
         ("image_size", "dataset", "imagefolder"),
     ):
         if name in given and values[master] != value:
-            raise TrainingError(f"{_option(name)} goes with {_option(master)} {value}, not with {values[master]}")
+            raise TrainingError(f"{option(name)} goes with {option(master)} {value}, not with {values[master]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from .errors import TrainingError
 from .log import Log
 from .methods import CALIBRATION_IMAGES, METHODS
 from .settings import Settings
+from .threads import one_thread
 
 CHECKPOINT = "checkpoint.pt"
 _SMALLEST_TEST_BATCH = 32
@@ -57,34 +58,37 @@ def train(given: dict[str, Any], machine: Machine, output: Path, resume: bool) -
     """
     saved = checkpoint.read(output / CHECKPOINT) if resume else None
     settings = options.new(given) if saved is None else options.resumed(saved["settings"], given)
-    try:
-        ranks = distributed.start(machine.parallel, _device(machine), settings.batch_size // settings.accumulate)
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"--{error}") from error
-    try:
+    ranks = _start(settings, machine)
+    with ExitStack() as stack:
+        stack.callback(distributed.finish)
+        if settings.dataset == "digits":
+            stack.enter_context(one_thread())
         if saved is None and ranks.rank == 0:
             _claim(output)
         path = machine.data or (Path(saved["data"]) if saved and saved["data"] else None)
         data = datasets.load(settings.dataset, path, settings.image_size, _workers(machine))
-        trainer = _Trainer(settings, machine, ranks, data, path, output, saved)
         try:
-            return trainer.fit()
-        except KeyboardInterrupt:
-            raise TrainingError(f"interrupted; {trainer.way_on}") from None
-        except files.WriteError as error:
-            raise TrainingError(f"{error}. When there is room, {trainer.way_on}") from error
+            trainer = _Trainer(settings, machine, ranks, data, path, output, saved)
+            stack.callback(trainer.log.close)
+            return trainer.fit(saved)
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"{error}\nTry --accumulate 2, or more, or a smaller --batch-size") from error
-        finally:
-            trainer.log.close()
-    finally:
-        distributed.finish()
 
 
 def default_output(given: dict[str, Any]) -> Path:
     """The folder of a run for which the user named none."""
     settings = options.new(given)
     return Path("runs") / f"{settings.dataset}-{settings.network}-{settings.method}-seed{settings.seed}"
+
+
+def _start(settings: Settings, machine: Machine) -> distributed.Ranks:
+    try:
+        return distributed.start(machine.parallel, _device(machine), settings.batch_size // settings.accumulate)
+    except ValueError as error:
+        name, _, problem = str(error).partition(":")
+        raise TrainingError(f"{options.option(name)}:{problem}") from error
+    except RuntimeError as error:
+        raise TrainingError(f"--parallel: the processes did not find each other: {error}") from error
 
 
 def _device(machine: Machine) -> str:
@@ -136,6 +140,7 @@ class _Trainer:
     ) -> None:
         self.settings = settings
         self.ranks = ranks
+        self.parallel = machine.parallel
         self.data = data
         self.path = path
         self.output = output
@@ -145,13 +150,12 @@ class _Trainer:
         self.method = METHODS[settings.method]
         self._check_data(saved)
         _choose_kernels(settings, ranks.device)
-        self._build(machine, saved)
+        self._build(saved)
         title = f"{settings.network}, {self.method.label}, {settings.dataset}, seed {settings.seed}"
         self.log = Log(
             output if ranks.rank == 0 else None, title, [] if saved is None else saved["records"], settings.epochs,
             self.steps_per_epoch * settings.batch_size,
         )  # fmt: skip
-        self._open_log(machine, saved)
 
     def _check_data(self, saved: dict[str, Any] | None) -> None:
         if not self.steps_per_epoch:
@@ -161,14 +165,14 @@ class _Trainer:
         if saved is not None and saved["fingerprint"] != self.data.fingerprint:
             raise TrainingError(f"--data: the images or labels are not those of the run in {self.output}")
 
-    def _build(self, machine: Machine, saved: dict[str, Any] | None) -> None:
+    def _build(self, saved: dict[str, Any] | None) -> None:
         settings, device = self.settings, self.ranks.device
         model = self.method.build(settings.network, self.data.channels, self.data.classes, settings.seed).to(device)
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if saved is None and self.method.calibrated:
             self.method.prepare(model, self._to_device(self.data.sample(CALIBRATION_IMAGES, settings.seed)))
-        self.module = distributed.wrap(model, machine.parallel)
+        self.module = distributed.wrap(model, self.parallel)
         # Behind wrap: FSDP2 replaces the parameters.
         groups = self.method.parameter_groups(model, settings.learning_rate, settings.weight_decay)
         for group in groups:
@@ -196,7 +200,7 @@ class _Trainer:
                 raise TrainingError(f"--compile: got {settings.compile}, this PyTorch has {known}")
             self.forward = torch.compile(self.module, backend=settings.compile)
 
-    def _open_log(self, machine: Machine, saved: dict[str, Any] | None) -> None:
+    def _open_log(self, saved: dict[str, Any] | None) -> None:
         now = conditions(self.ranks.device)
         self.log.say(f"{self.log.title}: {self.data}; {self.steps_per_epoch} steps an epoch; into {self.output}")
         if saved is not None:
@@ -209,7 +213,7 @@ class _Trainer:
             self.log.say(f"resumed behind epoch {self.epoch}")
         self.log.add(
             "start" if saved is None else "resume", epoch=self.epoch, settings=asdict(self.settings), conditions=now,
-            data=str(self.data), parallel=machine.parallel, processes=self.ranks.world_size,
+            data=str(self.data), parallel=self.parallel, processes=self.ranks.world_size,
             time=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         )  # fmt: skip
         if saved is None:
@@ -217,12 +221,17 @@ class _Trainer:
             self._save()
         self.log.write()
 
-    @property
-    def way_on(self) -> str:
-        """How to go on from what is on the disk."""
-        return f"{self.epoch} whole epochs are in {self.output}, the same command with --resume goes on from there"
+    def fit(self, saved: dict[str, Any] | None) -> str:
+        """Train to the end, and return a sentence about the result."""
+        try:
+            self._open_log(saved)
+            return self._fit()
+        except KeyboardInterrupt:
+            raise TrainingError(f"interrupted; {self._way_on}") from None
+        except files.WriteError as error:
+            raise TrainingError(f"{error}. When there is room, {self._way_on}") from error
 
-    def fit(self) -> str:
+    def _fit(self) -> str:
         for epoch in range(self.epoch + 1, self.settings.epochs + 1):
             started = time.perf_counter()
             train_loss, train_accuracy = self._train(epoch)
@@ -247,6 +256,11 @@ class _Trainer:
             return f"nothing to do; everything is in {self.output}"
         accuracy = self.log.epochs[-1]["test_accuracy"]
         return f"test accuracy {accuracy:.4f} after {self.epoch} epochs; everything is in {self.output}"
+
+    @property
+    def _way_on(self) -> str:
+        """How to go on from what is on the disk."""
+        return f"{self.epoch} whole epochs are in {self.output}, the same command with --resume goes on from there"
 
     def _save(self, epoch: int = 0) -> None:
         model, optimizer = distributed.model_state(self.module, self.optimizer)
