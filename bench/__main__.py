@@ -15,7 +15,7 @@ import torch
 
 from deepcontrol_cuda import _ops, backends
 
-from . import gpu, memory, overhead, peers, predict, record, report, runner
+from . import gpu, memory, overhead, peers, predict, projection, record, report, runner
 from .cases import SETS
 from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
 
@@ -52,10 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Deep Control on this machine.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run, help: str, layouts: Sequence[str]) -> argparse.ArgumentParser:
+    def command(name: str, run, help: str, layouts: Sequence[str] | None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
-        sub.add_argument("--layout", nargs="+", choices=LAYOUTS, default=layouts, help=f"default: {' '.join(layouts)}")
+        if layouts is not None:
+            sub.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+            sub.add_argument(
+                "--layout", nargs="+", choices=LAYOUTS, default=layouts, help=f"default: {' '.join(layouts)}"
+            )
         sub.add_argument("--threads", type=_positive, help="default: torch's choice")
         sub.add_argument("--output", type=Path, default=_RESULTS, help="folder for the JSON (default: bench/results)")
         sub.set_defaults(run=run)
@@ -76,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = command("overhead", _overhead, "time one tiny layer: Python's and the dispatcher's share", LAYOUTS[:1])
     tiny.add_argument("--repeats", type=_repeats, default=2000, help="default: 2000")
+
+    projected = command("projection", _projection, "time the projection of kernel gradients in ResNet-50's step", None)
+    projected.add_argument("--batch", type=_positive, default=8, help="default: 8")
+    projected.add_argument("--size", type=_positive, default=224, help="pixels a side (default: 224)")
+    projected.add_argument("--repeats", type=_repeats, default=15, help="default: 15")
 
     help = "print what layers should take on an H100: counted from bytes and operations, not measured"
     counted = commands.add_parser("predict", help=help, description=help)
@@ -197,6 +205,31 @@ def _overhead(options: argparse.Namespace) -> None:
     results = {
         "times_in": "seconds",
         "rows": [asdict(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _projection(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
+    run = record.collect("projection", batch=options.batch, size=options.size, repeats=options.repeats)
+    costs = []
+    with tqdm(total=2 * options.repeats, unit="round", dynamic_ncols=True) as bar:
+        for measure in (projection.between, projection.within):
+            bar.set_description(measure.__name__)
+            costs.append(measure(options.batch, options.size, options.repeats, bar.update))
+    (between, share), (within, ratio) = (next(iter(cost.ratios.items())) for cost in costs)
+    verdicts = [
+        report.at_most(f"between backward and step: {between}", share.median, 0.02),
+        # Nothing that can be measured: in a quarter of the rounds or more it was no slower.
+        report.at_most(f"within backward: {within}, lower quartile", ratio.lower_quartile, 1.0),
+        report.Verdict(f"within backward: {within}, median", ratio.median),
+    ]
+    print(f"\nResNet-50, batch {options.batch}, {options.size} pixels a side\n\n{report.verdicts_table(verdicts)}\n")
+    results = {
+        "times_in": "seconds",
+        "costs": [asdict(cost) for cost in costs],
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     print(f"Written to {record.write(run | results, options.output)}")

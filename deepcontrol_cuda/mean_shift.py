@@ -271,7 +271,8 @@ def _check_means(kernels: list[Parameter]) -> None:
         local = _local(kernel.detach(), "kernel")
         if not local.numel():
             continue
-        mean = local.float().mean(reference.spatial(local)).abs().max().item()
+        dtype = torch.promote_types(local.dtype, torch.float32)
+        mean = local.mean(reference.spatial(local), dtype=dtype).abs().max().item()
         largest = local.abs().max().item()
         if mean > 8 * torch.finfo(local.dtype).eps * largest:
             raise ValueError(

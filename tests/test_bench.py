@@ -144,6 +144,16 @@ def test_overhead(tmp_path, capsys):
     assert "ours / conv_bn_relu" in capsys.readouterr().out
 
 
+def test_projection(tmp_path, capsys):
+    arguments = ["projection", "--batch", "1", "--size", "32", "--repeats", "2", "--threads", "1"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    run = written(tmp_path)
+    assert [list(cost["ratios"]) for cost in run["costs"]] == [["projection / step"], ["projected / not projected"]]
+    assert 0 < run["verdicts"][0]["value"] < 1
+    assert all(verdict["value"] > 0 for verdict in run["verdicts"])
+    assert "between backward and step" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

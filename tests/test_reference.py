@@ -95,8 +95,9 @@ def test_same_padding(rank):
 
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_first_and_second_derivatives(activation):
-    x = torch.randn(2, 4, 4, 4, dtype=DOUBLE, requires_grad=True)
-    w = torch.randn(4, 2, 3, 3, dtype=DOUBLE, requires_grad=True)
+    # Small, since the second derivative is a matrix of every element by every element.
+    x = torch.randn(2, 2, 3, 4, dtype=DOUBLE, requires_grad=True)
+    w = torch.randn(4, 1, 3, 3, dtype=DOUBLE, requires_grad=True)
     vectors = [torch.randn(n, dtype=DOUBLE, requires_grad=True) for n in (4, 1, 4)]
     residual = torch.randn(2, 4, 2, 2, dtype=DOUBLE, requires_grad=True)
 

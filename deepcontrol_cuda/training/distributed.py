@@ -113,6 +113,8 @@ def wrap(model: nn.Module, parallel: str | None) -> nn.Module:
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model)
+    # fully_shard wants contiguous parameters; maps may be channels_last all the same.
+    model.to(memory_format=torch.contiguous_format)
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in tensors:
         dist.broadcast(tensor.detach(), src=0)
@@ -202,7 +204,9 @@ def _whole(value: object) -> object:
 
 
 def _part(value: object, like: object) -> object:
-    """``value``, sharded as ``like`` is if it has its shape: an optimizer's counts of steps have none."""
-    if not (isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape):
+    """``value`` with the placement and the strides of ``like``, if it has its shape: a count of steps has none."""
+    if not (isinstance(value, Tensor) and isinstance(like, Tensor) and value.shape == like.shape):
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    if isinstance(like, DTensor):
+        value = distribute_tensor(value.contiguous(), like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
