@@ -41,10 +41,10 @@ def run(output: Path, tasks: list[str], seeds: int, quick: bool, jobs: int) -> s
         if value < 1:
             raise TrainingError(f"--{name}: got {value}, wanted 1 or more")
     try:
-        (output / report.NAME).mkdir(parents=True, exist_ok=True)
+        (output / report.FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"--output: cannot write into {output}: {error.strerror}") from error
-    path = output / report.NAME / "results.jsonl"
+    path = output / report.FOLDER / "results.jsonl"
     records = read(path)
     for note in records.notes:
         print(f"note: {note}", file=sys.stderr)

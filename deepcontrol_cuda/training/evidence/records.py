@@ -88,8 +88,8 @@ class File:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise TrainingError(
-                f"cannot write {self.path}: {error.strerror}; all runs that ended before are in it, and the same command "
-                "goes on from them"
+                f"cannot write {self.path}: {error.strerror}; all runs that ended before are in it, and the same "
+                "command goes on from them"
             ) from error
 
 

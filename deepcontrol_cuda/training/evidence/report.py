@@ -7,18 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import files
-from ..methods import CALIBRATION_IMAGES, METHODS
+from ..methods import METHODS
 from ..table import markdown_table
-from . import claims, pictures
+from . import claims, pictures, text
 from .analysis import Analysis, Sweep
 from .claims import Claim
 from .costs import Cost
-from .intervals import CONFIDENCE, TRAINED_ACCURACY, difference, trained
-from .plan import BATCH_SIZE, MEAN_SHIFT_RATE, MOMENTUM
+from .intervals import difference, trained
 from .records import Records
-from .tasks import GUESSING, TASKS
+from .tasks import TASKS
 
-NAME = "evidence"
+# Beside evidence.md.
+FOLDER = "evidence"
 _FULL = "mean_shift_rejection"
 
 
@@ -37,9 +37,9 @@ def write(records: Records, folder: Path) -> Path:
         if any(analysis.mean_shifts(task, method) for method in METHODS):
             drawn[f"mean_shift_{task}.png"] = pictures.mean_shift(analysis, task)
     for name, content in drawn.items():
-        files.replace(folder / NAME / name, content)
-    files.replace(folder / NAME / "summary.json", (json.dumps(summary(records), indent=1) + "\n").encode())
-    path = folder / f"{NAME}.md"
+        files.replace(folder / FOLDER / name, content)
+    files.replace(folder / FOLDER / "summary.json", (json.dumps(summary(records), indent=1) + "\n").encode())
+    path = folder / "evidence.md"
     files.replace(path, markdown(records).encode())
     return path
 
@@ -74,36 +74,35 @@ def claims_table(found: list[Claim]) -> str:
 def markdown(records: Records) -> str:
     """The report; it depends on ``records`` only."""
     analysis = Analysis(records.runs.values())
-    parts = ["# Evidence: training without batch statistics", _INTRODUCTION]
+    parts = ["# Evidence: training without batch statistics", text.INTRODUCTION]
     if not records.complete:
-        parts.append(
-            f"**Incomplete: {len(records.missing)} of {len(records.plan)} runs are missing. What is here was measured.**"
-        )
-    parts += ["## Claims", _CLAIMS, claims_table(claims.check(analysis))]
+        missing = f"{len(records.missing)} of {len(records.plan)} runs are missing"
+        parts.append(f"**Incomplete: {missing}. What is here was measured.**")
+    parts += ["## Claims", text.CLAIMS, claims_table(claims.check(analysis))]
     parts += ["## Conditions", *(_conditions(conditions) for conditions in records.conditions)]
-    parts += ["## How it was measured", *_method(analysis)]
-    parts += ["## Learning rates", _RATES]
+    parts += ["## How it was measured", *text.method(sweep.task for sweep in analysis.rate_sweeps())]
+    parts += ["## Learning rates", text.RATES]
     if analysis.rate_sweeps():
-        parts.append(f"![accuracy over learning rates]({NAME}/learning_rates.png)")
+        parts.append(f"![accuracy over learning rates]({FOLDER}/learning_rates.png)")
     for sweep in analysis.rate_sweeps():
         parts += [f"### {sweep.task.capitalize()}, batch size {sweep.batch_size}", _rates_table(analysis, sweep)]
-    parts += ["## Largest stable learning rate, best and worst", _STABLE]
+    parts += ["## Largest stable learning rate, best and worst", text.STABLE]
     parts += [_stable_table(analysis, sweep) for sweep in analysis.rate_sweeps()]
     ingredients = [sweep for sweep in analysis.rate_sweeps() if _ingredients(analysis, sweep)]
     if ingredients:
-        parts += ["## Ingredients of Mean Shift Rejection", _INGREDIENTS]
+        parts += ["## Ingredients of Mean Shift Rejection", text.INGREDIENTS]
         parts += [_ingredients_table(analysis, sweep) for sweep in ingredients]
     if analysis.batch_sweeps():
-        parts += ["## Batch sizes", _BATCHES, f"![accuracy over batch sizes]({NAME}/batch_sizes.png)"]
+        parts += ["## Batch sizes", text.BATCHES, f"![accuracy over batch sizes]({FOLDER}/batch_sizes.png)"]
         for task, sweeps in analysis.batch_sweeps().items():
             parts += [f"### {task.capitalize()}, {sweeps[0].images} images", _batches_table(analysis, sweeps)]
     shifted = [task for task in TASKS if any(analysis.mean_shifts(task, method) for method in METHODS)]
     if shifted:
-        parts += ["## Mean shift", _MEAN_SHIFT]
+        parts += ["## Mean shift", text.MEAN_SHIFT]
         for task in shifted:
-            parts += [f"![mean shift, {task}]({NAME}/mean_shift_{task}.png)", _mean_shift_table(analysis, task)]
+            parts += [f"![mean shift, {task}]({FOLDER}/mean_shift_{task}.png)", _mean_shift_table(analysis, task)]
     if records.costs:
-        parts += ["## What a step costs", _COSTS]
+        parts += ["## What a step costs", text.COSTS]
         for task, costs in records.costs.items():
             parts += [f"### {task.capitalize()}", _costs_table(costs)]
     return "\n\n".join(parts) + "\n"
@@ -111,38 +110,6 @@ def markdown(records: Records) -> str:
 
 def _conditions(conditions: dict[str, str]) -> str:
     return markdown_table([["condition", "value"], *map(list, conditions.items())])
-
-
-def _method(analysis: Analysis) -> list[str]:
-    tasks = [f"- *{task}*: {TASKS[task].text}" for task in dict.fromkeys(s.task for s in analysis.rate_sweeps())]
-    return [
-        f"Every run is alike but for method, learning rate, batch size and seed: SGD with momentum {MOMENTUM:g}, the "
-        "learning rate falling to zero along a cosine, no weight decay, warm-up, augmentation or clipping; float32, "
-        "one thread. What a method brings along is part of it (for Mean Shift Rejection a quarter of the learning rate "
-        "for biases and classifier). The grid of learning rates is the same for all. Runs of one seed see the same "
-        "images in the same order and start, where methods share an initialisation, from the same kernels.",
-        "\n".join(tasks),
-        "The budget is short, so that many runs could be done: accuracies say which method gets how far in that budget, "
-        "not what it reaches in the end. A run whose loss is not finite has *diverged*; it ends there and counts with "
-        f"accuracy {GUESSING:g}, which guessing has. A run has *trained* if its test accuracy is {TRAINED_ACCURACY:g} or "
-        f"more. Intervals are Student's over seeds at {CONFIDENCE:.0%}, those of differences Welch's; the spread over "
-        "test images is not in them. The best learning rate of a method is that of the highest mean accuracy on the "
-        "test images: chosen in hindsight, for all methods alike.",
-        _methods_text(),
-    ]
-
-
-def _methods_text() -> str:
-    return (
-        "The methods: *no norm* is convolution + bias + ReLU after Kaiming initialisation. *Batch Norm*, *Group Norm* "
-        "(8 groups) and *Instance Norm* (with scale and bias) stand in the place of the bias. *Gradient Centralization* "
-        "(arXiv 2004.01461) is no norm with centred gradients. *Deep Control* has a learned gain, mean scale and bias "
-        f"in each filter; its gains are set from {CALIBRATION_IMAGES} training images so that maps have deviation 1, or "
-        "start at 1 where it is *not calibrated*. *Mean Shift Rejection* (MSR) is the recipe that its authors recorded: "
-        "zero-mean kernels of norm 1, scales that start at 0.8, projection 0.9, noise 0.1, unity decay 5e-4. *Deep "
-        "Control + MSR* has those kernels, gradients, noise and rates in Deep Control's layers, with gains that start "
-        "at 0.8."
-    )
 
 
 def _rates_table(analysis: Analysis, sweep: Sweep) -> str:
@@ -261,44 +228,3 @@ def _costs_table(costs: list[Cost]) -> str:
             f"{cost.saved_bytes / norm.saved_bytes:.2f}",
         ])  # fmt: skip
     return markdown_table(lines)
-
-
-_INTRODUCTION = f"""\
-Written by `python -m deepcontrol_cuda evidence` from what it measured, verdicts included; what was measured is in \
-[{NAME}/results.jsonl]({NAME}/results.jsonl), one line a run. Small networks, small images and short trainings on a \
-CPU: what holds here need not hold elsewhere. No figure of either paper is known to the authors of this package, so \
-none is compared with."""
-
-_CLAIMS = f"""\
-*holds*: by the {CONFIDENCE:.0%} interval of the difference; *does not hold*: by the same interval it is the other way \
-round; *undecided*: the interval contains no difference. Claims about learning rates have no interval: they hold or not \
-by the definitions below. "against" is against Batch Norm, or what the claim names."""
-
-_RATES = f"""\
-Test accuracy, mean ± half of the {CONFIDENCE:.0%} interval over seeds. *diverged*: the loss of every seed; *not \
-trained*: accuracy below {TRAINED_ACCURACY:g}."""
-
-_STABLE = """\
-The largest stable learning rate is the largest one of the grid at which the runs of all seeds trained. "over no norm" \
-is how many times that of no norm it is. "best" and "worst" are over the learning rates of the grid."""
-
-_INGREDIENTS = """\
-One ingredient off at a time, and all but the scaled kernels off. The last column compares at the largest learning rate \
-at which the full recipe is stable, where an ingredient that is there for high learning rates has to show."""
-
-_BATCHES = """\
-Each cell lists learning rates and the accuracies at them; fewer images a run than in the tables above, the same for all \
-batch sizes. Steps of one image take long, so there are few learning rates for each batch size, the same for all \
-methods."""
-
-_MEAN_SHIFT = f"""\
-How much of what a layer makes, ahead of residual and activation, is nothing but a constant in each map: the mean over \
-samples and maps of |mean of the map| / rms of the map, from 0 (no mean) to 1 (nothing but mean), while training, on the \
-training batch, at learning rate {MEAN_SHIFT_RATE:g} and batch size {BATCH_SIZE}. Behind Batch Norm maps are those that \
-it gives out, Deep Control's include its bias. The table has means over layers and training."""
-
-_COSTS = f"""\
-One training step (forward, backward, optimizer) at batch size {BATCH_SIZE}, one thread, medians of interleaved runs; \
-"spread" is the distance between the quartiles over the median. Layers this small are mostly overhead, so these times \
-say nothing about large networks. Saved for backward: bytes that the forward keeps, by saved-tensor hooks, parameters \
-and buffers left out."""
