@@ -521,3 +521,29 @@ def test_scaling_noise_is_one_draw_a_filter_and_only_in_training():
     assert not torch.equal(layer(x), noisy)
     bare = dc.MeanShiftConv2d(4, 8, 3, scaling=None, scaling_noise=0.5)
     assert not torch.equal(bare(x), bare(x))
+
+
+def test_a_net_of_layers_compiles_without_breaks_and_under_autocast():
+    net = nn.Sequential(
+        dc.MeanShiftConv2d(3, 8, 3, bias=True, projection=0.0, activation="relu"),
+        dc.MapNoise(0.1),
+        dc.MeanShiftConv2d(8, 8, 3, scaling_noise=0.1, activation="relu"),
+        dc.MeanShiftConv2d(8, 4, 1, scaling="linear"),
+    )
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    for autocast in (False, True):
+        gradients = []
+        for forward in (net, compiled):
+            net.zero_grad()
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = forward(x)
+            assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+            y.float().square().sum().backward()
+            gradients.append([p.grad.clone() for p in net.parameters()])
+        for eager, from_graph in zip(*gradients):
+            assert eager.dtype == torch.float32
+            torch.testing.assert_close(
+                from_graph, eager, rtol=2e-2 if autocast else 1e-4, atol=1e-2 if autocast else 1e-4
+            )

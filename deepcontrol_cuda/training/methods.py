@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,8 +51,12 @@ def _instance_norm(channels: int) -> nn.Module:
     return nn.InstanceNorm2d(channels, affine=True)
 
 
-def _deep_control(in_channels: int, out_channels: int, kernel_size: int, stride: int, activation: str) -> nn.Module:
-    return dc.DeepControlConv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, activation=activation)
+def _deep_control(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, activation: str, **options
+) -> nn.Module:
+    return dc.DeepControlConv2d(
+        in_channels, out_channels, kernel_size, stride, kernel_size // 2, activation=activation, **options
+    )
 
 
 def _mean_shift(
@@ -154,6 +158,12 @@ def _centralize(weights: list[Tensor], *_) -> None:
             weight.grad -= weight.grad.mean(tuple(range(1, weight.dim())), keepdim=True)
 
 
+def _deep_control_mean_shift(*arguments, **options) -> nn.Module:
+    layer = _deep_control(*arguments, **options)
+    nn.init.constant_(layer.gain, 0.8)
+    return layer
+
+
 def _mean_shift_rejection(
     label: str,
     *,
@@ -190,6 +200,12 @@ METHODS = {
     "gradient_centralization": Method("Gradient Centralization", partial(_ConvNorm, None), centralized=True),
     "deep_control": Method("Deep Control", _deep_control, calibrated=True),
     "deep_control_uncalibrated": Method("Deep Control, not calibrated", _deep_control),
+    # Both at once: the kernels, gradients, noise and rates of the one in the layers of the other.
+    "deep_control_mean_shift": replace(
+        _mean_shift_rejection("Deep Control + MSR"),
+        layer=partial(_deep_control_mean_shift, projection=0.9),
+        input_layer=_deep_control_mean_shift,
+    ),
     "mean_shift_rejection": _mean_shift_rejection("Mean Shift Rejection"),
     "mean_shift_rejection_calibrated": _mean_shift_rejection("MSR, calibrated", calibrated=True),
     "mean_shift_rejection_zero_mean_off": _mean_shift_rejection("MSR, start not zero-mean", zero_mean=False),
@@ -197,6 +213,10 @@ METHODS = {
     "mean_shift_rejection_noise_off": _mean_shift_rejection("MSR, no noise", noise=0.0),
     "mean_shift_rejection_scaling_off": _mean_shift_rejection("MSR, kernels not scaled", scaling=None),
     "mean_shift_rejection_unity_decay_off": _mean_shift_rejection("MSR, no unity decay", unity_decay=0.0),
+    # What small kernels alone do: their start and scale, and nothing against the mean.
+    "mean_shift_rejection_all_off": _mean_shift_rejection(
+        "scaled kernels alone", zero_mean=False, projection=0.0, noise=0.0, unity_decay=0.0
+    ),
 }
 # Those of the package and what they are compared with; the rest are for the comparison of ingredients.
 MAIN_METHODS = ("batch_norm", "deep_control", "mean_shift_rejection", "none")
