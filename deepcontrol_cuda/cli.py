@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace) -> int:
     given = vars(options)
     machine = Machine(**{field.name: given[field.name] for field in fields(Machine) if field.name in given})
     try:
-        print(train(given, machine, options.output or default_output(given), options.resume))
+        train(given, machine, options.output or default_output(given), options.resume)
     except TrainingError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

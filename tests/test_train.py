@@ -463,7 +463,7 @@ def test_an_image_folder_is_trained_on(tmp_path):
         ({"momentum": 1.0}, "--momentum: got 1.0"),
         ({"momentum": 0.5, "optimizer": "adamw"}, "--momentum goes with --optimizer sgd, not with adamw"),
         ({"milestones": [3]}, "--milestones goes with --schedule step, not with cosine"),
-        ({"milestones": [3, 2], "schedule": "step"}, "wanted rising epochs"),
+        ({"milestones": [3, 2], "schedule": "step"}, "wanted rising epochs from 1"),
         ({"image_size": 32}, "--image-size goes with --dataset imagefolder, not with digits"),
         ({"weight_decay": -1e-4}, "--weight-decay: got -0.0001"),
         ({"epochs": 0}, "--epochs: got 0, wanted at least 1"),

@@ -141,7 +141,7 @@ def new(given: dict[str, Any]) -> Settings:
     dataset = {"learning_rate": _SGD_RATE, "momentum": 0.0 if adamw else 0.9, **_DEFAULTS[values["dataset"]]}
     values = values | dataset | (_ADAMW if adamw else {}) | {k: v for k, v in given.items() if k in _names()}
     if values["schedule"] == "step" and not values["milestones"]:
-        values["milestones"] = [values["epochs"] // 2, values["epochs"] * 3 // 4]
+        values["milestones"] = sorted({max(1, values["epochs"] * share // 4) for share in (2, 3)})
     settings = Settings(**values)
     _check(settings, given)
     return settings
@@ -206,7 +206,7 @@ def _check(settings: Settings, given: dict[str, Any]) -> None:
     )
     if settings.schedule == "step":
         rising = sorted(set(settings.milestones)) == settings.milestones
-        want("milestones", rising and settings.milestones[0] >= 0, "rising epochs")
+        want("milestones", rising and settings.milestones[0] > 0, "rising epochs from 1")
     for name, master, value in (
         ("momentum", "optimizer", "sgd"),
         ("milestones", "schedule", "step"),

@@ -6,6 +6,7 @@ between epochs needs no state of a generator: an epoch that is done again after 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -45,8 +46,8 @@ class Machine:
     workers: int | None = None
 
 
-def train(given: dict[str, Any], machine: Machine, output: Path, resume: bool) -> str:
-    """Train, and return a sentence about the result.
+def train(given: dict[str, Any], machine: Machine, output: Path, resume: bool) -> None:
+    """Train, and say how it went.
 
     Args:
         given: the options of ``settings.add_arguments`` that the user gave.
@@ -69,8 +70,8 @@ def train(given: dict[str, Any], machine: Machine, output: Path, resume: bool) -
         data = datasets.load(settings.dataset, path, settings.image_size, _workers(machine))
         try:
             trainer = _Trainer(settings, machine, ranks, data, path, output, saved)
-            stack.callback(trainer.log.close)
-            return trainer.fit(saved)
+            stack.callback(trainer.close)
+            trainer.fit(saved)
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"{error}\nTry --accumulate 2, or more, or a smaller --batch-size") from error
 
@@ -221,17 +222,26 @@ class _Trainer:
             self._save()
         self.log.write()
 
-    def fit(self, saved: dict[str, Any] | None) -> str:
-        """Train to the end, and return a sentence about the result."""
+    def close(self) -> None:
+        """Let go of the terminal and of the other processes."""
+        self.log.close()
+        if self.ranks.world_size > 1:
+            # What DDP holds of the process group must be gone before the group: freed behind it, gloo's threads and
+            # this one may wait for each other.
+            self.module = self.forward = self.model = self.optimizer = None
+            gc.collect()
+
+    def fit(self, saved: dict[str, Any] | None) -> None:
+        """Train to the end."""
         try:
             self._open_log(saved)
-            return self._fit()
+            self._fit()
         except KeyboardInterrupt:
             raise TrainingError(f"interrupted; {self._way_on}") from None
         except files.WriteError as error:
             raise TrainingError(f"{error}. When there is room, {self._way_on}") from error
 
-    def _fit(self) -> str:
+    def _fit(self) -> None:
         for epoch in range(self.epoch + 1, self.settings.epochs + 1):
             started = time.perf_counter()
             train_loss, train_accuracy = self._train(epoch)
@@ -252,10 +262,8 @@ class _Trainer:
                 f"epoch {epoch}/{self.settings.epochs}: loss {train_loss:.4f}, accuracy {train_accuracy:.4f}; "
                 f"test loss {test_loss:.4f}, accuracy {test_accuracy:.4f}; {speed:.0f} images/s"
             )
-        if not self.log.epochs:
-            return f"nothing to do; everything is in {self.output}"
         accuracy = self.log.epochs[-1]["test_accuracy"]
-        return f"test accuracy {accuracy:.4f} after {self.epoch} epochs; everything is in {self.output}"
+        self.log.say(f"test accuracy {accuracy:.4f} after {self.epoch} epochs; everything is in {self.output}")
 
     @property
     def _way_on(self) -> str:
