@@ -28,12 +28,10 @@ from deepcontrol_cuda.training.evidence import (
     report,
     runs,
     shapes,
-    tasks,
     workers,
 )
 from deepcontrol_cuda.training.evidence.plan import Setting
 
-DOCS = Path(__file__).parents[1] / "docs"
 SETTING = Setting("digits", "mean_shift_rejection", 32, 0.05, 96, 0)
 QUICK = ["--quick", "--tasks", "digits", "--seeds", "1", "--jobs", "1"]
 
@@ -251,6 +249,15 @@ NONE = {0.1: [0.8, 0.82, 0.81], 0.2: [0.8, None, 0.82], 0.4: [None] * 3, 0.8: [N
 NORM = {rate: [0.90, 0.91, 0.92] for rate in NONE}
 
 
+def test_the_largest_stable_learning_rate_ends_at_the_first_failure_above_success():
+    rates = {0.1: [0.9, 0.2], 0.2: [0.9, 0.6], 0.4: [0.8, 0.5], 0.8: [0.9, 0.4], 1.6: [0.9, 0.9]}
+    of = analysis.Analysis(made_up({"none": rates, "batch_norm": {0.1: [0.9, None]}}))
+    (sweep,) = of.rate_sweeps()
+    assert of.stable_rate(sweep, "none") == 0.4
+    assert of.unstable_rates(sweep, "none") == [0.8, 1.6]
+    assert of.stable_rate(sweep, "batch_norm") is None
+
+
 def verdicts(accuracies, batch_size: int = 32) -> dict[str, str]:
     found = claims.check(analysis.Analysis(made_up(accuracies, batch_size)))
     return {claim.text.partition(":")[0] + claim.text.partition(":")[2][:20]: claim.verdict for claim in found}
@@ -299,19 +306,3 @@ def test_report_tells_failed_runs():
     assert cells[1].startswith("0.810 ± 0.0")
     assert cells[2].endswith("1 of 3 not trained")
     assert cells[3:] == ["diverged", "diverged"]
-
-
-def test_the_committed_report_is_what_its_data_give():
-    results = DOCS / "evidence" / "results.jsonl"
-    assert results.stat().st_size < 1 << 20
-    kept = records.read(results)
-    assert not kept.notes
-    assert kept.complete
-    assert (DOCS / "evidence.md").read_text() == report.markdown(kept)
-    assert json.loads((DOCS / "evidence" / "summary.json").read_text()) == report.summary(kept)
-    assert {s.seed for s in kept.plan} >= set(range(5))
-    assert {s.batch_size for s in kept.plan} == {1, 2, 8, 32, 128}
-    assert {0.01, 1.6} <= {s.learning_rate for s in kept.plan}
-    assert {s.task for s in kept.plan} == set(tasks.TASKS)
-    for picture in (DOCS / "evidence").glob("*.png"):
-        assert f"](evidence/{picture.name})" in (DOCS / "evidence.md").read_text()

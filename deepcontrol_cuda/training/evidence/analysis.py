@@ -80,9 +80,14 @@ class Analysis:
         return self.accuracies(sweep, method, self.best_rate(sweep, method))
 
     def stable_rate(self, sweep: Sweep, method: str) -> float | None:
-        """The largest learning rate at which the runs of all seeds trained; None if there is none."""
-        stable = [r for r in self.rates(sweep, method) if all(trained(run) for run in self.cell(sweep, method, r))]
-        return max(stable, default=None)
+        """The largest learning rate, going up from the lowest at which all seeds trained to the first at which not."""
+        stable = None
+        for rate in self.rates(sweep, method):
+            if all(trained(run) for run in self.cell(sweep, method, rate)):
+                stable = rate
+            elif stable is not None:
+                break
+        return stable
 
     def unstable_rates(self, sweep: Sweep, method: str) -> list[float]:
         """The learning rates above the largest stable one."""

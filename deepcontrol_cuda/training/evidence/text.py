@@ -57,8 +57,9 @@ Test accuracy, mean ± half of the {CONFIDENCE:.0%} interval over seeds. *diverg
 trained*: accuracy below {TRAINED_ACCURACY:g}."""
 
 STABLE = """\
-The largest stable learning rate is the largest one of the grid at which the runs of all seeds trained. "over no \
-norm" is how many times that of no norm it is. "best" and "worst" are over the learning rates of the grid."""
+The largest stable learning rate is the last one, going up the grid from the lowest at which the runs of all seeds \
+trained, before one at which some did not. "over no norm" is how many times that of no norm it is. "best" and "worst" \
+are over the learning rates of the grid."""
 
 INGREDIENTS = """\
 One ingredient off at a time, and all but the scaled kernels off. The last column compares at the largest learning \
