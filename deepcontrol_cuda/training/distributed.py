@@ -11,6 +11,7 @@ seed of its own there.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,8 +94,11 @@ def start(parallel: str | None = None, device: str = "cpu", batch_size: int | No
 
 
 def finish() -> None:
-    """Leave the other processes; alone, nothing."""
+    """Leave the other processes; alone, nothing. Let go of what ``wrap`` gave before."""
     if dist.is_initialized():
+        # DDP is part of reference cycles and holds the process group. Were it freed last, by the garbage collector,
+        # the group's threads and the collector could wait for each other.
+        gc.collect()
         dist.destroy_process_group()
 
 
