@@ -7,12 +7,20 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from . import __version__, backends
 from ._ops import extension
+from .training import settings
 
-_DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+_TRAINING_NEEDS = {
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     demo.add_argument("--seed", type=int, default=0, help="first random seed (default: 0)")
     demo.set_defaults(run=_demo)
+    train = commands.add_parser("train", help="train a ResNet; alone: Deep Control on scikit-learn's digits")
+    settings.add_arguments(train)
+    train.add_argument("--output", type=Path, help="folder for checkpoint, log and curves (default: in runs/)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --output, with its settings")
+    train.set_defaults(run=_train)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -46,9 +59,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [package for module, package in _DEMO_NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"the demo needs {', '.join(missing)}: pip install deepcontrol_cuda[train]")
+    if missing := _missing():
+        return _fail(f"the demo needs {missing}: pip install deepcontrol_cuda[train]")
     output: Path = options.output
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -64,6 +76,28 @@ def _demo(options: argparse.Namespace) -> int:
         return _fail(f"interrupted; what was measured before is in {output / 'report.md'}")
     print(f"\n{table}\n\nThe report, with layer times and pictures, is {path}")
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    if missing := _missing():
+        return _fail(f"training needs {missing}: pip install deepcontrol_cuda[train]")
+    from .training.errors import TrainingError
+    from .training.trainer import Machine, default_output, train
+
+    given = vars(options)
+    machine = Machine(**{field.name: given[field.name] for field in fields(Machine) if field.name in given})
+    try:
+        train(given, machine, options.output or default_output(given), options.resume)
+    except TrainingError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first step")
+    return 0
+
+
+def _missing() -> str:
+    """What a training command needs and is not installed, separated by commas."""
+    return ", ".join(p for module, p in _TRAINING_NEEDS.items() if importlib.util.find_spec(module) is None)
 
 
 def _fail(message: str) -> int:

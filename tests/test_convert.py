@@ -10,7 +10,7 @@ from torch import nn
 
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import replace_conv_bn
-from deepcontrol_cuda.training.resnet import ResNet
+from deepcontrol_cuda.training.methods import METHODS
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -75,8 +75,7 @@ def hooked() -> nn.Module:
 
 
 def test_folded_resnet_computes_what_batch_norm_computes_in_eval():
-    torch.manual_seed(0)
-    model = trained(ResNet())
+    model = trained(METHODS["batch_norm"].build("resnet10", channels=1, classes=10, seed=0))
     x = torch.randn(8, 1, 8, 8)
     report = replace_conv_bn(model, initialization="folded")
     assert len(report.replaced) == 10

@@ -1,1 +1,1 @@
-"""The demo: a small ResNet on scikit-learn's digits, with Batch Norm and with Deep Control."""
+"""Training: the commands ``train`` and ``demo``, and what they are made of."""

@@ -11,22 +11,24 @@ import torch
 from .. import __version__, backends
 
 
-def conditions() -> dict[str, str]:
-    """What a reader needs to judge or repeat a measurement on the CPU, in the order in which it should be read."""
-    return {
+def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What a reader needs to judge or repeat a measurement on ``device``, in the order in which it should be read."""
+    device = torch.device(device)
+    gpu = {"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return gpu | {
         "CPU": f"{cpu_model()}, {torch.get_num_threads()} threads",
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "deepcontrol_cuda": _version(),
-        "Deep Control backend": _backend(),
+        "Deep Control backend": _backend(device),
     }
 
 
-def _backend() -> str:
+def _backend(device: torch.device) -> str:
     try:
-        return backends.explain(torch.empty(1, 1, 1))
-    except RuntimeError as error:  # one is asked for that does not run on the CPU
+        return backends.explain(torch.empty(1, 1, 1, device=device))
+    except RuntimeError as error:  # one is asked for that does not run there
         return str(error)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..convert import replace_conv_bn
-from . import digits, layers, report
+from . import layers, report
 from .conditions import conditions
+from .data import DataSet, digits
 from .loop import NETWORKS, Setting, build, train
+from .methods import CALIBRATION_IMAGES
 
 # 21 full batches of 64 are an epoch of the 1347 training images.
 _SETTINGS = (Setting(64, 0.05, 252), Setting(64, 0.2, 252), Setting(64, 0.4, 252), Setting(1, 0.01, 1347))
@@ -25,9 +27,9 @@ def run(output: Path, quick: bool, seed: int) -> tuple[Path, str]:
     """
     settings = _QUICK_SETTINGS if quick else _SETTINGS
     seeds = [seed] if quick else [seed, seed + 1]
-    data = digits.load()
+    data = digits()
     results = report.Results(conditions(), _method(data))
-    print(replace_conv_bn(build("Batch Norm", seed, data.train_images)))
+    print(replace_conv_bn(build("Batch Norm", seed, data)))
     report.write(results, output)
     try:
         _train(results, settings, seeds, data, output)
@@ -39,7 +41,7 @@ def run(output: Path, quick: bool, seed: int) -> tuple[Path, str]:
 
 
 def _train(
-    results: report.Results, settings: tuple[Setting, ...], seeds: list[int], data: digits.Digits, output: Path
+    results: report.Results, settings: tuple[Setting, ...], seeds: list[int], data: DataSet, output: Path
 ) -> None:
     total = sum(setting.steps for setting in settings) * len(NETWORKS) * len(seeds)
     with tqdm(total=total, unit="step", desc="training", dynamic_ncols=True) as bar:
@@ -64,17 +66,18 @@ def _time(results: report.Results, quick: bool) -> None:
                 bar.update()
 
 
-def _method(data: digits.Digits) -> list[str]:
+def _method(data: DataSet) -> list[str]:
     return [
-        f"ResNet-10 (16 and 32 channels) on scikit-learn's digits: {len(data.train_labels)} training and "
-        f"{len(data.test_labels)} test images of 8x8 pixels. SGD, momentum 0.9, learning rate down to zero along a "
+        f"ResNet-10 (16 and 32 channels) on scikit-learn's digits: {len(data.train)} training and "
+        f"{len(data.test)} test images of 8x8 pixels. SGD, momentum 0.9, learning rate down to zero along a "
         "cosine; no weight decay, no augmentation; one thread. The settings are the same for all networks; the "
         "learning rates reach from where all train to where some fail. Networks of one seed start with the same "
         "kernels and see the same images in the same order.",
-        "*Batch Norm* is the network as written. *Deep Control* is what `replace_conv_bn` makes of it: every "
-        "conv + BN (+ ReLU) is one `DeepControlConv2d` with gain 1. *Deep Control, calibrated* sets the gains before "
-        "training so that every map has deviation 1 over 256 training images. *no norm* drops the norm.",
+        "*Batch Norm* is the usual network. In *Deep Control* every conv + BN (+ sum) (+ ReLU) of it is one "
+        f"`DeepControlConv2d`; `calibrate_gain_` sets the gains before training from {CALIBRATION_IMAGES} training "
+        "images, so that every channel has deviation 1. *Deep Control, not calibrated* starts with gains of 1, as "
+        "what `replace_conv_bn` makes of a model does. *no norm* has biases in place of the norms.",
         "*diverged* gives the step with a loss that is not finite; the run ends there and has no accuracy. *final "
         "loss* is the mean over the last tenth of the steps; guessing has ln 10 = 2.303. One test image is "
-        f"{1 / len(data.test_labels):.4f} of accuracy, and so few seeds do not decide who is better by a point or two.",
+        f"{1 / len(data.test):.4f} of accuracy, and so few seeds do not decide who is better by a point or two.",
     ]

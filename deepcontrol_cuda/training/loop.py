@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..convert import replace_conv_bn
-from .calibrate import unit_deviation_
-from .digits import Digits
-from .resnet import ResNet
+from .data import DataSet
+from .methods import CALIBRATION_IMAGES, METHODS
+from .threads import one_thread
 
-NETWORKS = ("Batch Norm", "Deep Control", "Deep Control, calibrated", "no norm")
+_METHODS = [METHODS[name] for name in ("batch_norm", "deep_control_uncalibrated", "deep_control", "none")]
+NETWORKS = {method.label: method for method in _METHODS}
 _MOMENTUM = 0.9
-_CALIBRATION_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -51,44 +50,27 @@ class Run:
         return None if self.diverged_at is not None else sum(tail) / len(tail)
 
 
-def build(network: str, seed: int, images: Tensor) -> nn.Module:
-    """The ResNet with Batch Norm, or what becomes of it; for one seed all start with the same kernels."""
-    torch.manual_seed(seed)
-    model = ResNet()
-    if network.startswith("Deep Control"):
-        model = replace_conv_bn(model, initialization="fresh").model
-    if network == "Deep Control, calibrated":
-        unit_deviation_(model, images[:_CALIBRATION_IMAGES])
-    if network == "no norm":
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.BatchNorm2d):
-                model.set_submodule(name, nn.Identity())
+def build(network: str, seed: int, data: DataSet) -> nn.Module:
+    """The ResNet-10 of ``NETWORKS``, ready to be trained; for one seed all start with the same kernels."""
+    method = NETWORKS[network]
+    model = method.build("resnet10", data.channels, data.classes, seed)
+    method.prepare(model, data.sample(CALIBRATION_IMAGES, seed))
     return model.to(memory_format=torch.channels_last)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers this small lose more by handing work to other threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def train(
-    network: str, setting: Setting, seed: int, digits: Digits, on_step: Callable[[], object] = lambda: None
+    network: str, setting: Setting, seed: int, data: DataSet, on_step: Callable[[], object] = lambda: None
 ) -> Run:
     """Train ``network`` and test it, in one thread; networks of one seed see the same images in the same order."""
-    model = build(network, seed, digits.train_images)
+    model = build(network, seed, data)
     optimizer = torch.optim.SGD(model.parameters(), setting.learning_rate, _MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.steps)
-    batches = _batches(len(digits.train_labels), setting.batch_size, seed)
+    images, labels = data.normalise(data.train.images), data.train.labels
+    batches = (batch for epoch in itertools.count() for batch in data.order(seed, epoch, setting.batch_size))
     losses: list[float] = []
     for step, batch in zip(range(setting.steps), batches, strict=False):
-        loss = F.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch])
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
         if not math.isfinite(loss.item()):
             return Run(str(setting), network, seed, losses, diverged_at=step, test_accuracy=None)
         losses.append(loss.item())
@@ -99,16 +81,8 @@ def train(
         on_step()
     model.eval()
     with torch.no_grad():
-        logits = model(digits.test_images)
+        logits = model(data.normalise(data.test.images))
     if not logits.isfinite().all():
         return Run(str(setting), network, seed, losses, diverged_at=setting.steps, test_accuracy=None)
-    accuracy = (logits.argmax(1) == digits.test_labels).float().mean().item()
+    accuracy = (logits.argmax(1) == data.test.labels).float().mean().item()
     return Run(str(setting), network, seed, losses, None, accuracy)
-
-
-def _batches(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Indices (batch_size,) without end, every epoch in a new order; what does not fill a batch is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(samples, generator=generator)
-        yield from order.split(batch_size)[: samples // batch_size]

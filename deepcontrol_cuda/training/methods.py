@@ -16,7 +16,7 @@ import deepcontrol_cuda as dc
 
 from .networks import NETWORKS, Architecture, Layer, ResNet
 
-_CALIBRATION_IMAGES = 256
+CALIBRATION_IMAGES = 256
 
 
 class _ConvNorm(nn.Module):
@@ -125,7 +125,7 @@ class Method:
     def prepare(self, model: ResNet, images: Tensor) -> None:
         """What is done once, between ``build`` and the first step; ``images`` (N, C, H, W) as for training."""
         if self.calibrated:
-            dc.calibrate_gain_(model, images[:_CALIBRATION_IMAGES])
+            dc.calibrate_gain_(model, images[:CALIBRATION_IMAGES])
 
     def parameter_groups(self, model: ResNet, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for an optimizer. Only weights of two or more dimensions decay, and no kernel under unity decay."""

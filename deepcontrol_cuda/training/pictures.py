@@ -1,9 +1,10 @@
-"""The pictures of the report."""
+"""The pictures of the demo's report and of a training run, as PNG files in memory."""
 
 from __future__ import annotations
 
+import io
 import math
-from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,7 +21,7 @@ _DPI = 130
 _HIGHEST_LOSS = 10.0
 
 
-def losses(runs: list[Run], path: Path) -> None:
+def losses(runs: list[Run]) -> bytes:
     """Training loss over steps: a panel a setting, a line a network and seed, a cross where a run diverged."""
     settings = list(dict.fromkeys(run.setting for run in runs))
     columns = min(2, len(settings))
@@ -49,10 +50,10 @@ def losses(runs: list[Run], path: Path) -> None:
     diverged = f"diverged (cut at {_HIGHEST_LOSS:g})"
     handles.append(Line2D([], [], color="black", linestyle="", marker="x", label=diverged))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=_DPI, format="png")
+    return _png(figure)
 
 
-def layers(timings: list[Timing], path: Path) -> None:
+def layers(timings: list[Timing]) -> bytes:
     """Time of each layer over conv + ReLU, a panel for inference and one for training, milliseconds on the bars."""
     modes = [mode for mode in PASSES if any(t.mode == mode for t in timings)]
     count = max(sum(t.mode == mode for t in timings) for mode in modes)
@@ -73,7 +74,32 @@ def layers(timings: list[Timing], path: Path) -> None:
         panel.margins(y=0.12)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(LAYERS), frameon=False)
-    figure.savefig(path, dpi=_DPI, format="png")
+    return _png(figure)
+
+
+def curves(title: str, epochs: list[dict[str, Any]]) -> bytes:
+    """Loss and accuracy of a training run over epochs, from the records of its log; of the initial state none."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    numbers = [record["epoch"] for record in epochs]
+    for panel, name, unit in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy, nats", "share of images")
+    ):
+        for part, colour in (("train", "#D55E00"), ("test", "#0072B2")):
+            values = [record[f"{part}_{name}"] for record in epochs]
+            panel.plot(numbers, values, ".-" if len(numbers) < 50 else "-", color=colour, label=part)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(f"{name} ({unit})")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI, format="png")
+    return buffer.getvalue()
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import pictures
+from . import files, pictures
 from .layers import LAYERS, PASSES, Timing
 from .loop import NETWORKS, Run
 from .table import markdown_table
@@ -27,13 +25,13 @@ class Results:
 
 def write(results: Results, folder: Path) -> Path:
     """Write report.md, its pictures and results.json into ``folder``, each in one step, and return report.md's path."""
-    _replace(folder / "results.json", lambda path: path.write_text(json.dumps(asdict(results), indent=1) + "\n"))
+    files.replace(folder / "results.json", (json.dumps(asdict(results), indent=1) + "\n").encode())
     if results.runs:
-        _replace(folder / "losses.png", lambda path: pictures.losses(results.runs, path))
+        files.replace(folder / "losses.png", pictures.losses(results.runs))
     if results.timings:
-        _replace(folder / "layers.png", lambda path: pictures.layers(results.timings, path))
+        files.replace(folder / "layers.png", pictures.layers(results.timings))
     report = folder / "report.md"
-    _replace(report, lambda path: path.write_text(_markdown(results)))
+    files.replace(report, _markdown(results).encode())
     return report
 
 
@@ -97,10 +95,3 @@ in the Euclidean norm."""
 
 def _seeds(seeds: list[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else "seeds " + " / ".join(map(str, seeds))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    # A reader, or a run that is interrupted here, finds the old file or the new one and never half of one.
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    os.replace(partial, path)
