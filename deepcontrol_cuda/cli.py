@@ -19,6 +19,7 @@ _TRAINING_NEEDS = {
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "PIL": "pillow",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "tqdm": "tqdm",
 }
