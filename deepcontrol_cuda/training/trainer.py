@@ -1,7 +1,8 @@
 """Trains one network with one method, from the first step or from a checkpoint, in one process or in many.
 
 Everything random in an epoch follows from (seed, epoch), and for what layers draw (seed, epoch, rank), so a checkpoint
-between epochs needs no state of a generator: an epoch that is done again after a kill has the same bits.
+between epochs needs no state of a generator: an epoch that is done again after a kill has the same bits, on a GPU with
+``deterministic`` set.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def _workers(machine: Machine) -> int:
 def _claim(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
+        # A process that was killed ahead of its first checkpoint may have left half of that.
+        if any(not files.is_partial(path) for path in output.iterdir()):
             raise TrainingError(
                 f"--output: {output} is not empty; add --resume to go on with the run in it, or name another folder"
             )
