@@ -1,3 +1,5 @@
 from .cli import main
 
-raise SystemExit(main())
+# Processes that the evidence command starts import this file too.
+if __name__ == "__main__":
+    raise SystemExit(main())

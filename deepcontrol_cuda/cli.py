@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ _TRAINING_NEEDS = {
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "PIL": "pillow",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "tqdm": "tqdm",
 }
@@ -40,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--output", type=Path, help="folder for checkpoint, log and curves (default: in runs/)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --output, with its settings")
     train.set_defaults(run=_train)
+    evidence = commands.add_parser("evidence", help="compare the methods over learning rates, batch sizes and seeds")
+    evidence.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
+    evidence.add_argument("--quick", action="store_true", help="a few steps of a few methods, to see that it runs")
+    evidence.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: all cores)")
+    evidence.add_argument("--tasks", nargs="+", default=["digits", "shapes"], help="default: digits shapes")
+    evidence.add_argument("--seeds", type=int, default=5, help="runs of each setting (default: 5)")
+    evidence.set_defaults(run=_evidence)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -92,6 +101,21 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted before the first step")
+    return 0
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    if missing := _missing():
+        return _fail(f"the evidence needs {missing}: pip install deepcontrol_cuda[train]")
+    from .training.errors import TrainingError
+    from .training.evidence import command
+
+    try:
+        print(command.run(options.output, options.tasks, options.seeds, options.quick, options.jobs))
+    except TrainingError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; the runs that ended are in {options.output}, the same command goes on from them")
     return 0
 
 

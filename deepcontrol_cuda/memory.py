@@ -1,0 +1,30 @@
+"""What a forward keeps for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of the storages that ``module(x)`` keeps for backward, each once; ``x`` counts if it is kept.
+
+    Parameters and buffers, which live anyway, do not count.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    sizes: dict[int, int] = {}
+    # While these are held no storage is freed, so none can return at the address of another.
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(x)
+    if not output.requires_grad:
+        raise ValueError("module: got an output that needs no gradient, wanted one that does")
+    return sum(sizes.values())

@@ -1,0 +1,1 @@
+"""Evidence: many short trainings of small networks, so that the methods can be compared with intervals."""
