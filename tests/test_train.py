@@ -349,6 +349,7 @@ def test_a_real_limit_on_files(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large (" in message
+    assert "start it again: nothing is in" in message
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -270,6 +270,8 @@ class _Trainer:
     @property
     def _way_on(self) -> str:
         """How to go on from what is on the disk."""
+        if not (self.output / CHECKPOINT).exists():
+            return f"start it again: nothing is in {self.output} yet"
         return f"{self.epoch} whole epochs are in {self.output}, the same command with --resume goes on from there"
 
     def _save(self, epoch: int = 0) -> None:
