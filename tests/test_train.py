@@ -254,6 +254,11 @@ def test_an_output_in_use_is_refused(run, tmp_path, capsys):
     assert {file: file.read_bytes() for file in run.iterdir()} == before
     (tmp_path / "file").write_text("")
     assert "--output: cannot write into" in failure(capsys, tmp_path / "file" / "run")
+    half = tmp_path / "killed early" / f".partial-{trainer.CHECKPOINT}"
+    half.parent.mkdir()
+    half.write_bytes(b"half of")
+    assert train(half.parent, "--epochs", "1") == 0
+    assert not half.exists()
     assert "does not exist, so there is no run to resume" in failure(capsys, tmp_path / "nothing", "--resume")
     assert not (tmp_path / "nothing").exists()
 
@@ -344,6 +349,7 @@ def test_a_real_limit_on_files(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large (" in message
+    assert "start it again: nothing is in" in message
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+_PARTIAL = ".partial-"
+
 
 class WriteError(OSError):
     """A file could not be written; the message says how many bytes were wanted and how many are free."""
@@ -17,7 +19,7 @@ def replace(path: Path, content: bytes) -> None:
     Raises:
         WriteError: what was at ``path`` before is still there.
     """
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(_PARTIAL + path.name)
     try:
         try:
             with open(partial, "wb") as file:
@@ -34,6 +36,11 @@ def replace(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror} ({len(content)} bytes wanted, {_free(path.parent)} free); "
             "what was there before is whole"
         ) from error
+
+
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is what a process left that was killed inside ``replace``."""
+    return path.name.startswith(_PARTIAL)
 
 
 def _sync_folder(folder: Path) -> None:

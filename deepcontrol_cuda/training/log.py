@@ -39,7 +39,9 @@ class Log:
         self._bar = tqdm(
             total=epochs * images, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, disable=not shown
         )
-        self._board = None if folder is None else _tensorboard(folder, len(self.epochs))
+        # Opened by the first ``write``: a run that cannot write its first checkpoint is to leave nothing behind.
+        self._board = None
+        self._opened = False
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -72,6 +74,8 @@ class Log:
         """
         if self.folder is None:
             return
+        if not self._opened:
+            self._board, self._opened = _tensorboard(self.folder, len(self.epochs)), True
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in self.records]
         files.replace(self.folder / LOG, "".join(lines).encode())
         if self.epochs:

@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "deterministic",
         action="store_true",
-        help="on a GPU: the same bits from run to run, slower; a CPU has them anyway",
+        help="on a GPU: only PyTorch's deterministic kernels, slower; on a CPU all are",
     )
     add("device", help="cpu, cuda or cuda:1 (default: cuda if there is a GPU)")
     add("parallel", choices=("ddp", "fsdp2"), help="for many processes, started by torchrun")

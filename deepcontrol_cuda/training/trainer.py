@@ -1,7 +1,8 @@
 """Trains one network with one method, from the first step or from a checkpoint, in one process or in many.
 
 Everything random in an epoch follows from (seed, epoch), and for what layers draw (seed, epoch, rank), so a checkpoint
-between epochs needs no state of a generator: an epoch that is done again after a kill has the same bits.
+between epochs needs no state of a generator: an epoch that is done again after a kill has the same bits, on a GPU with
+``deterministic`` set.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def _workers(machine: Machine) -> int:
 def _claim(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()):
+        # A process that was killed ahead of its first checkpoint may have left half of that.
+        if any(not files.is_partial(path) for path in output.iterdir()):
             raise TrainingError(
                 f"--output: {output} is not empty; add --resume to go on with the run in it, or name another folder"
             )
@@ -268,6 +270,8 @@ class _Trainer:
     @property
     def _way_on(self) -> str:
         """How to go on from what is on the disk."""
+        if not (self.output / CHECKPOINT).exists():
+            return f"start it again: nothing is in {self.output} yet"
         return f"{self.epoch} whole epochs are in {self.output}, the same command with --resume goes on from there"
 
     def _save(self, epoch: int = 0) -> None:
