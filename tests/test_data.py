@@ -153,6 +153,21 @@ def test_damaged_cifar_is_refused(cifar10, tmp_path, damage):
         data.load("cifar10", archive)
 
 
+def test_one_flipped_bit_of_an_archive_is_found(cifar10, tmp_path):
+    archive = tmp_path / "cifar.tar.gz"
+    # Stored, not compressed, pixels can be found.
+    with tarfile.open(archive, "w:gz", compresslevel=0) as tar:
+        tar.add(cifar10, cifar10.name)
+    content = bytearray(archive.read_bytes())
+    # Protocol 2 keeps bytes as text.
+    pixels = batch(4, 2)[b"data"][1].tobytes().decode("latin1").encode()[:100]
+    place = content.index(pixels)
+    content[next(i for i in range(place, place + 100) if content[i] < 128)] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"cifar.tar.gz cannot be read: CRC check failed"):
+        data.load("cifar10", archive)
+
+
 def test_missing_data_is_named(cifar10, tmp_path):
     (cifar10 / "data_batch_2").unlink()
     with pytest.raises(TrainingError, match=r"has no data_batch_2; wanted the files of cifar-10-batches-py"):
@@ -258,6 +273,38 @@ def test_a_broken_image_is_named(photographs, workers):
     folder = data.load("imagefolder", photographs, image_size=16, workers=workers)
     with pytest.raises(TrainingError, match=r"dog/nested/0.jpg cannot be read as an image"):
         read_all(folder.train, seed=0)
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [("uint16", "png"), ("int32", "tif"), ("float32", "tif")])
+def test_images_of_more_than_8_bits_are_refused(photographs, dtype, suffix):
+    ramp = np.linspace(0, 60000, 1600).reshape(40, 40).astype(dtype)
+    Image.fromarray(ramp).save(photographs / "train" / "cat" / f"ramp.{suffix}")
+    with pytest.raises(TrainingError, match=rf"cat/ramp.{suffix} is in mode [IF].* wanted 8 bits a channel"):
+        read_all(data.load("imagefolder", photographs, image_size=16).train)
+
+
+def test_images_are_turned_as_the_camera_was(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right, so that the top lies on the right
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / part / "a" / "0.png", exif=exif)
+    (image,), _ = read_all(data.load("imagefolder", tmp_path, image_size=28).test)
+    assert (image[..., 14:] == 200).all()
+    assert (image[..., :14] == 0).all()
+
+
+def test_images_behind_links_are_found_once(photographs, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (photographs / "train" / "dog" / "nested" / "2.bmp").rename(elsewhere / "2.bmp")
+    (photographs / "train" / "dog" / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(photographs / "train" / "dog")
+    folder = data.load("imagefolder", photographs, image_size=16)
+    assert [os.path.basename(file) for file in folder.train.files] == [b"0.jpg", b"1.png", b"2.bmp"] + [
+        b"2.bmp", b"0.jpg", b"1.png"
+    ]  # fmt: skip
 
 
 def test_image_folders_that_are_wrong_are_refused(photographs):

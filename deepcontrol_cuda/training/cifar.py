@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +61,14 @@ def _contents(layout: _Layout, path: Path) -> dict[str, bytes]:
             folder = path / layout.folder if (path / layout.folder).is_dir() else path
             found = {file: (folder / file).read_bytes() for file in wanted if (folder / file).is_file()}
         else:
-            with tarfile.open(path) as archive:
+            content = path.read_bytes()
+            if content.startswith(b"\x1f\x8b"):
+                # tarfile would stop ahead of the checksum at the end.
+                content = gzip.decompress(content)
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 members = {Path(member.name).name: member for member in archive if member.isfile()}
                 found = {file: archive.extractfile(members[file]).read() for file in wanted if file in members}
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise TrainingError(f"--data: {path} cannot be read: {error}") from error
     missing = [file for file in wanted if file not in found]
     if missing:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,12 +61,10 @@ def _part(folder: Path, classes: list[str], size: int, workers: int, digest) -> 
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        images = sorted(
-            os.path.join(parent, file)
-            for parent, _, names in os.walk(folder / name)
-            for file in names
-            if file.lower().endswith(_SUFFIXES)
-        )
+        try:
+            images = sorted(_images(folder / name))
+        except OSError as error:
+            raise TrainingError(f"--data: {error.filename}: {error.strerror}; wanted a folder to look into") from error
         # A small test set may lack a class, but what shall a network learn of one without images?
         if not images and folder.name == "train":
             raise TrainingError(f"--data: {folder / name} holds no images ({', '.join(_SUFFIXES)})")
@@ -79,8 +77,25 @@ def _part(folder: Path, classes: list[str], size: int, workers: int, digest) -> 
     return ImageFiles(files, torch.tensor(labels), size, workers)
 
 
+def _images(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The images below ``folder``, through links too, but for links that lead back to a folder ``above`` them."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _images(entry.path, (*above, place))
+            elif entry.name.lower().endswith(_SUFFIXES):
+                yield entry.path
+
+
 class ImageFiles(Dataset):
-    """Image files as a ``data.Part``: squares of (3, size, size) uint8, read by ``workers`` processes."""
+    """Image files as a ``data.Part``: squares of (3, size, size) uint8, read by ``workers`` processes.
+
+    Images are turned as their EXIF data say, and become RGB: transparency is dropped. Those with more than 8 bits a
+    channel are refused, since no one knows which part of their range matters.
+    """
 
     def __init__(self, files: list[str], labels: Tensor, size: int, workers: int) -> None:
         # One array, not a list: counting references to a million strings would copy their pages into every worker.
@@ -98,6 +113,10 @@ class ImageFiles(Dataset):
         file = os.fsdecode(self.files[index])
         try:
             with Image.open(file) as image:
+                if image.mode[0] in "IF":
+                    # Pillow would clip their values to 0..255.
+                    return f"{file} is in mode {image.mode} of Pillow, wanted 8 bits a channel; convert or remove it"
+                ImageOps.exif_transpose(image, in_place=True)
                 pixels = self._square(
                     image.convert("RGB"), None if seed is None else random.Random(derive(seed, index))
                 )
