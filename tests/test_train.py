@@ -383,8 +383,8 @@ def difference(folder, arguments, options) -> float:
 @pytest.mark.parametrize(
     ("arguments", "options", "tolerance"),
     [
-        (["--batch-size", "320"], ["--amp"], 0.1),
-        (["--clip-grad-norm", "0.5", "--batch-size", "160"], ["--amp", "float16"], 0.05),
+        (["--batch-size", "320"], ["--amp"], 0.2),
+        (["--clip-grad-norm", "0.5", "--batch-size", "160"], ["--amp", "float16"], 0.2),
         ([], ["--no-channels-last"], 1e-4),
         (["--method", "mean_shift_rejection"], ["--compile", "aot_eager"], 1e-4),
     ],
