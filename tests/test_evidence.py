@@ -279,10 +279,16 @@ def test_claims_against_batch_norm(shift, where, best):
     got = verdicts({"none": NONE, "batch_norm": NORM, "deep_control": ours})
     assert got["Deep Control at the learning rat"] == where
     assert got["Deep Control accuracy equal to B"] == best
-    ours[0.8] = [None] * 3
-    if shift >= 0:
-        got = verdicts({"none": NONE, "batch_norm": NORM, "deep_control": ours})
-        assert got["Deep Control at the learning rat"] == "holds in part"
+
+
+def test_claim_where_none_fails_wants_both_to_train():
+    key = "Deep Control at the learning rat"
+    ours = NORM | {0.8: [None] * 3}
+    assert verdicts({"none": NONE, "batch_norm": NORM, "deep_control": ours})[key] == "holds in part"
+    wide = NORM | {0.8: [0.5, 0.5, 0.99]}
+    assert verdicts({"none": NONE, "batch_norm": wide, "deep_control": ours})[key] == "holds in part"
+    failing = NORM | {0.8: [0.1, 0.5, 0.99]}
+    assert verdicts({"none": NONE, "batch_norm": failing, "deep_control": ours})[key] == "holds"
 
 
 def test_claims_of_small_batches_take_the_best_learning_rates():

@@ -79,11 +79,14 @@ class Analysis:
         """Accuracies at the best learning rate."""
         return self.accuracies(sweep, method, self.best_rate(sweep, method))
 
+    def all_trained(self, sweep: Sweep, method: str, rate: float) -> bool:
+        return all(trained(run) for run in self.cell(sweep, method, rate))
+
     def stable_rate(self, sweep: Sweep, method: str) -> float | None:
         """The largest learning rate, going up from the lowest at which all seeds trained to the first at which not."""
         stable = None
         for rate in self.rates(sweep, method):
-            if all(trained(run) for run in self.cell(sweep, method, rate)):
+            if self.all_trained(sweep, method, rate):
                 stable = rate
             elif stable is not None:
                 break

@@ -24,9 +24,10 @@ none is compared with."""
 CLAIMS = f"""\
 *holds*: what is claimed to be higher or lower is, by the {CONFIDENCE:.0%} interval of the difference; *does not \
 hold*: by the same interval it is the other way round; *undecided*: the interval contains zero. Claims about learning \
-rates hold or not by the definitions below, without an interval. "within Batch Norm's interval or above": the mean is \
-not below the lower end of that interval, at each learning rate above the largest stable one of no norm. "against" is \
-against Batch Norm, or what the claim names."""
+rates hold or not by the definitions below, without an interval. "within Batch Norm's interval or above", at each \
+learning rate above the largest stable one of no norm: all seeds trained, and their mean is not below the lower end of \
+that interval; learning rates at which Batch Norm did not train with all seeds are not counted. "against" is against \
+Batch Norm, or what the claim names."""
 
 _RUNS = f"""\
 Every run is alike but for method, learning rate, batch size and seed: SGD with momentum {MOMENTUM:g}, the learning \
