@@ -365,45 +365,80 @@ def test_divergence_stops_and_is_logged(tmp_path, capsys):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def parameters(folder) -> torch.Tensor:
+    """All parameters of the run in ``folder``, one behind the other."""
+    state = checkpoint.read(folder / trainer.CHECKPOINT)["model"]
+    return torch.cat([v.flatten() for k, v in state.items() if "running" not in k and v.is_floating_point()])
+
+
+def difference(folder, arguments, options) -> float:
+    """How far apart parameters are behind an epoch with and without ``options``, over the way they have come."""
+    runs = {"start": ["--learning-rate", "1e-12"], "plain": [], "other": options}
+    for name, more in runs.items():
+        assert train(folder / name, "--epochs", "1", *arguments, *more) == 0
+    start, plain, other = (parameters(folder / name) for name in runs)
+    return ((other - plain).norm() / (plain - start).norm()).item()
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("arguments", "options", "tolerance"),
     [
-        ["--amp"],
-        ["--amp", "float16", "--optimizer", "adamw"],
-        ["--no-channels-last", "--clip-grad-norm", "0.5"],
-        ["--compile", "aot_eager", "--method", "mean_shift_rejection"],
+        (["--batch-size", "320"], ["--amp"], 0.2),
+        (["--clip-grad-norm", "0.5", "--batch-size", "160"], ["--amp", "float16"], 0.2),
+        ([], ["--no-channels-last"], 1e-4),
+        (["--method", "mean_shift_rejection"], ["--compile", "aot_eager"], 1e-4),
     ],
 )
-def test_ways_of_computing_agree(tmp_path, options):
-    """Formats and compilers change roundings, so the first steps of a run stay near those of the plain one."""
-    arguments = ["--epochs", "1", "--learning-rate", "1e-3"]
-    # Clipping is no such way, so the other run has it too.
-    kept = [o for o in options if o not in ("--amp", "float16", "--no-channels-last", "--compile", "aot_eager")]
-    assert train(tmp_path / "plain", *arguments, *kept) == 0
-    assert train(tmp_path / "other", *arguments, *options) == 0
-    (plain,), (other,) = (records(tmp_path / name, "epoch") for name in ("plain", "other"))
-    for name in ("train_loss", "test_loss"):
-        assert other[name] == pytest.approx(plain[name], rel=0.02)
-        assert 0 < other[name] < 5
-    exact = "--amp" not in options
-    assert (other["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)) or not exact
+def test_ways_of_computing_agree(tmp_path, arguments, options, tolerance):
+    assert difference(tmp_path, arguments, options) < tolerance
 
 
 def test_parts_of_a_batch_give_the_step_of_the_batch(tmp_path):
-    def model(method: str, *options) -> torch.Tensor:
-        folder = tmp_path / f"{method}{len(options)}"
-        arguments = ["--method", method, "--batch-size", "320", "--epochs", "1", "--clip-grad-norm", "5", *options]
-        assert train(folder, *arguments) == 0
-        state = checkpoint.read(folder / trainer.CHECKPOINT)["model"]
-        return torch.cat([v.flatten() for k, v in state.items() if "running" not in k and v.is_floating_point()])
+    step = ["--batch-size", "320", "--clip-grad-norm", "5"]
+    for method, right in (("deep_control", lambda d: d < 1e-4), ("batch_norm", lambda d: d > 1e-2)):
+        assert right(difference(tmp_path / method, ["--method", method, *step], ["--accumulate", "4"]))
 
-    def difference(method: str) -> float:
-        start = model(method, "--learning-rate", "1e-12")
-        whole, parts = model(method), model(method, "--accumulate", "4", "--seed", "0")
-        return ((parts - whole).norm() / (whole - start).norm()).item()
 
-    assert difference("deep_control") < 1e-4
-    assert difference("batch_norm") > 1e-2
+def test_a_method_does_what_it_wants(tmp_path, monkeypatch):
+    """Gains start calibrated; penalties act, once a step and on no reported loss; hooks get at the gradients."""
+    plain = METHODS["deep_control"]
+
+    class Spy(type(plain)):
+        def penalty(self, model):
+            return 1000 * model.classifier.weight.square().sum()
+
+        def attach(self, model, optimizer):
+            def freeze(*_):
+                model.input.weight.grad.zero_()
+
+            return [optimizer.register_step_pre_hook(freeze)]
+
+    monkeypatch.setitem(METHODS, "deep_control", Spy(**vars(plain)))
+    arguments = ["--epochs", "1", "--batch-size", "320", "--accumulate", "2", "--learning-rate", "1e-4"]
+    assert train(tmp_path / "run", *arguments) == 0
+    start = plain.build("resnet10", 1, 10, 0)
+    plain.prepare(start, data.digits().sample(256, 0))
+    end = checkpoint.read(tmp_path / "run" / trainer.CHECKPOINT)["model"]
+    assert (start.input.gain - 1).abs().max() > 0.05
+    assert torch.allclose(end["input.gain"], start.input.gain, rtol=1e-2)
+    assert torch.allclose(end["classifier.weight"], 0.8 * start.classifier.weight, atol=1e-3)
+    assert torch.equal(end["input.weight"], start.input.weight)
+    (epoch,) = records(tmp_path / "run", "epoch")
+    assert epoch["train_loss"] < 10
+
+
+@pytest.mark.parametrize("method", ["batch_norm", "mean_shift_rejection"])
+def test_test_numbers_are_those_of_the_checkpoint_in_evaluation(tmp_path, method):
+    assert train(tmp_path / "run", "--method", method, "--epochs", "2") == 0
+    digits = data.digits()
+    model = METHODS[method].build("resnet10", 1, 10, 0)
+    model.load_state_dict(checkpoint.read(tmp_path / "run" / trainer.CHECKPOINT)["model"])
+    with torch.no_grad():
+        logits = model.eval()(digits.normalise(digits.test.images))
+    epoch = records(tmp_path / "run", "epoch")[-1]
+    loss = torch.nn.functional.cross_entropy(logits, digits.test.labels)
+    assert epoch["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert epoch["test_accuracy"] == (logits.argmax(1) == digits.test.labels).double().mean()
 
 
 def test_tensorboard(tmp_path, monkeypatch, capsys):

@@ -254,7 +254,7 @@ class _Trainer:
                 self._diverged(epoch, step, "test", test_loss)
             speed = self.log.images / seconds
             self.log.add(
-                "epoch", epoch=epoch, step=step, learning_rate=self._learning_rate(step - 1), train_loss=train_loss,
+                "epoch", epoch=epoch, step=step, learning_rate=self._learning_rate(), train_loss=train_loss,
                 train_accuracy=train_accuracy, test_loss=test_loss, test_accuracy=test_accuracy, seconds=seconds,
                 images_per_second=speed,
             )  # fmt: skip
@@ -371,8 +371,9 @@ class _Trainer:
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         return images.to(self.ranks.device, memory_format=layout)
 
-    def _learning_rate(self, step: int) -> float:
-        return self.settings.learning_rate * self.settings.factor(step, self.steps_per_epoch)
+    def _learning_rate(self) -> float:
+        """Of the last step, in the group where it is highest."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _set_learning_rate(self, step: int) -> None:
         factor = self.settings.factor(step, self.steps_per_epoch)
@@ -386,7 +387,7 @@ class _Trainer:
         other = " or --amp bfloat16" if self.settings.amp == "float16" else ""
         raise TrainingError(
             f"the {part} loss is {loss} at step {step}, in epoch {epoch}, with learning rate "
-            f"{self._learning_rate(step - 1):g}; the log and the checkpoint of {self.epoch} whole epochs are in "
+            f"{self._learning_rate():g}; the log and the checkpoint of {self.epoch} whole epochs are in "
             f"{self.output}. In a new --output try a lower --learning-rate, --warmup 1, --clip-grad-norm 1{other}"
         )
 
