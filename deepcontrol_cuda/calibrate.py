@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
     signal fades from layer to layer; the method's papers do not say how they start.
 
     The forward runs in ``eval()``, so without dropout and noise, and without recording gradients. Modes are restored.
-    Channels whose deviation is nothing but rounding (dead ones, maps of one pixel) and layers without a learned gain
-    keep what they have. On several machines calibrate ahead of wrapping the model, with the same batch on each.
+    Channels whose deviation is nothing but rounding (dead ones, maps of one pixel) and layers without a learned gain,
+    or with one that is computed (parametrized), keep what they have. On several machines calibrate ahead of wrapping
+    the model, with the same batch on each.
 
     Args:
         model: holds at least one layer with a learned gain. A layer called several times is set by its first call.
@@ -40,20 +42,20 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
     """
     model = getattr(model, "_orig_mod", model)  # hooks inside a compiled graph would not be called
     names = {module: name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
-    before: dict[Tensor, Tensor] = {}
+    before: dict[nn.Parameter, Tensor] = {}
     training = {module: module.training for module in model.modules()}
     done: list[str] = []
 
-    def calibrate(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    # Ahead of the forward, so that the layer's own call, with all its hooks, already has the new gain.
+    def calibrate(module: nn.Module, args: tuple, kwargs: dict) -> None:
         gain = _gain(module)
         if gain is None or names[module] in done:
-            return None
-        before[gain] = gain.clone()
+            return
+        before.setdefault(gain, gain.clone())
         _divide_by_deviation_(module, gain, args[0] if args else kwargs["input"], names[module])
         done.append(names[module])
-        return module.forward(*args, **kwargs)
 
-    hooks = [module.register_forward_hook(calibrate, with_kwargs=True) for module in names]
+    hooks = [module.register_forward_pre_hook(calibrate, with_kwargs=True) for module in names]
     try:
         with torch.no_grad():
             model.eval()
@@ -75,31 +77,44 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
     return done
 
 
-def _gain(module: nn.Module) -> Tensor | None:
+def _gain(module: nn.Module) -> nn.Parameter | None:
     """The parameter that holds the gain, or its logarithm."""
-    if isinstance(module, modules._MeanShiftConv):
-        return None if module.scaling is None else getattr(module, module._scale_name)
-    return module.gain
+    name = module._scale_name if isinstance(module, modules._MeanShiftConv) else "gain"
+    return module._parameters.get(name)
 
 
-def _divide_by_deviation_(module: nn.Module, gain: Tensor, input: Tensor, name: str) -> None:
-    activation, module.activation = module.activation, "identity"
-    try:
+def _divide_by_deviation_(module: nn.Module, gain: nn.Parameter, input: Tensor, name: str) -> None:
+    with _bare(module):
         scaled = module.forward(input)
-    finally:
-        module.activation = activation
+    with _bare(module, fixed_mean_scale=0.0, mean_scale=None):
+        whole = module.forward(input)
     axes = (0, *range(2, scaled.dim()))
-    # The mean of each channel is taken out first also for a shared gain: a bias is constant over a channel.
-    deviation = scaled.float().var(axes, correction=0)
+    variance = scaled.float().var(axes, correction=0)
+    size = whole.float().square().mean(axes)
     if gain.shape[0] == 1:
-        deviation = deviation.mean(0, keepdim=True)
-    deviation = deviation.sqrt()
-    if not deviation.isfinite().all():
+        variance, size = variance.mean(0, keepdim=True), size.mean(0, keepdim=True)
+    if not variance.isfinite().all():
         layer = name or "the model"
         raise ValueError(f"batch: the output of {layer} is not finite, wanted finite images and parameters")
-    rounding = torch.finfo(torch.float32).eps ** 0.5 * deviation.max()
+    # Of a map that is its own mean, rounding is left, which no gain should raise.
+    rounding = 8 * torch.finfo(scaled.dtype).eps * size.sqrt()
+    deviation = variance.sqrt()
     deviation = torch.where(deviation > rounding, deviation, 1.0)
     if isinstance(module, modules._MeanShiftConv) and module.scaling == "exp":
         gain -= deviation.log()
     else:
         gain /= deviation
+
+
+@contextmanager
+def _bare(module: nn.Module, **others) -> Iterator[None]:
+    """``module`` without bias and activation, and with ``others`` in place of what it has by these names."""
+    replaced = {"activation": "identity", "bias": None, **others}
+    saved = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
+    try:
+        for name in saved:
+            setattr(module, name, replaced[name])
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(module, name, value)

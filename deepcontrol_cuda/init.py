@@ -28,11 +28,13 @@ def zero_mean_unit_(weight: Tensor, magnitude: float = 1.0, generator: torch.Gen
         ``weight``. Sums are zero to the rounding of its dtype; the draw is in float32, or float64 for float64.
 
     Raises:
-        TypeError, ValueError: ``weight`` is no kernel of a floating dtype, or ``magnitude`` is not positive.
+        TypeError, ValueError: ``weight`` is no kernel of a floating dtype, or sharded; ``magnitude`` is not positive.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight: got {given}, wanted a tensor of a floating dtype")
+    if hasattr(weight, "placements"):
+        raise TypeError("weight: got a DTensor, wanted a plain tensor: initialise before the model is sharded")
     if weight.dim() < 2:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted (O, C / groups, *kernel) or (O, C)")
     if not isinstance(magnitude, (int, float)) or not 0 < magnitude < math.inf:

@@ -41,13 +41,8 @@ def project_kernel_gradients_(parameters: Iterable[Tensor] | Tensor, weight: flo
         TypeError: something in ``parameters`` is not a tensor, or a gradient is sparse or not of a floating dtype.
     """
     functional.check_fraction("weight", weight)
-    gradients = []
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters: got {type(parameter).__name__}, wanted tensors")
-        if parameter.grad is not None and _has_taps(parameter):
-            gradients.append(_local(parameter.grad, "gradient"))
-    _project(gradients, weight)
+    kernels = [p for p in _distinct(parameters) if p.grad is not None and _has_taps(p)]
+    _project([_local(p.grad, "gradient") for p in kernels], weight)
 
 
 class MeanShiftRejection:
@@ -57,9 +52,10 @@ class MeanShiftRejection:
     ``g <- g + m * (g - mean(g))``, which is the plain form of weight ``m / (1 + m)`` times ``1 + m``. It works through
     the hooks of ``torch.optim.Optimizer``, so with any of them, ``foreach`` and ``fused`` ones included, with closures,
     several parameter groups and groups added later. It runs once a step: after gradients were accumulated, reduced
-    over machines, unscaled by a ``GradScaler`` and clipped, and ahead of the optimizer's own weight decay. A norm that
-    clipping takes is that of the gradient as it was before; to clip what is left, call ``project_kernel_gradients_``
-    yourself in place of this class. Sources: arXiv 1911.13173, abstract; ``ZeroMeanNormaliseGrads`` in ``trainer.py``
+    over machines and clipped, and ahead of the optimizer's own weight decay. A ``GradScaler`` unscales before it, or,
+    in fused optimizers, after it, which is the same. A norm that clipping takes is that of the gradient as it was
+    before; to clip what is left, call ``project_kernel_gradients_`` yourself in place of this class. A copy of the
+    optimizer has no hooks. Sources: arXiv 1911.13173, abstract; ``ZeroMeanNormaliseGrads`` in ``trainer.py``
     of the authors' code (taylorkangbeck/mean-shift-rejection).
 
     Args:
@@ -67,11 +63,12 @@ class MeanShiftRejection:
         weight: from 0 to 1; None is 0.9, as the authors recorded.
         amplification: m, positive, in place of ``weight``; a comment in the authors' code advises 10. The learning rate
             of the kernels is in effect ``1 + m`` times larger, but for their means.
-        scope: the kernels to treat, for instance ``spatial_kernels(model)``; None is, at each step, every parameter
-            (O, C / groups, *kernel) of ``optimizer`` with more than one tap.
-        recenter: subtract, after each step, what mean the kernels in scope have. Optimizers that rescale gradients
-            element by element, as Adam does, give kernels a mean though no gradient has one; with this the mean stays
-            zero to rounding.
+        scope: the kernels to treat, best ``spatial_kernels(model)``. None is, at each step, every parameter of
+            ``optimizer`` whose shape can be (O, C / groups, *kernel) with more than one tap: the first convolution's
+            too, which the authors leave out, and whatever else has three dimensions, such as position embeddings.
+        recenter: subtract, after each step, what mean the kernels in scope have that have a gradient. Optimizers that
+            rescale gradients element by element, as Adam does, give kernels a mean though no gradient has one; with
+            this the mean stays zero to rounding. Kernels loaded later lose the mean they came with.
 
     Raises:
         TypeError, ValueError: an argument does not fit, no kernel is in scope, one in ``scope`` has a single tap (its
@@ -121,13 +118,16 @@ class MeanShiftRejection:
         """The parameters in scope now."""
         if self._scope is not None:
             return self._scope
-        return [p for group in self.optimizer.param_groups for p in group["params"] if _has_taps(p)]
+        return [p for p in _held(self.optimizer) if _has_taps(p)]
 
     def remove(self) -> None:
         """Take the hooks off the optimizer again; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def __reduce__(self):
+        raise TypeError("a MeanShiftRejection cannot be copied: make one for the copy of its optimizer")
 
     def __repr__(self) -> str:
         form = f"weight={self.weight:g}" if self.amplification is None else f"amplification={self.amplification:g}"
@@ -159,23 +159,25 @@ class MeanShiftRejection:
                 torch._foreach_mul_(gradients, 1 + self.amplification)
 
     def _after_step(self, optimizer, args: tuple, kwargs: dict) -> None:
-        with torch.no_grad():
-            _project([_local(p.detach(), "kernel") for p in self.kernels()], 1.0)
+        moved = [p.detach() for p in self.kernels() if p.requires_grad and p.grad is not None]
+        _project([_local(p, "kernel") for p in moved], 1.0)
 
 
 def spatial_kernels(model: nn.Module, input_convolution: bool = False) -> list[Parameter]:
     """The kernels that the authors' code projects: those with more than one tap, but for the first convolution's.
 
     The convolution that sees the input, by order of registration, is left out unless ``input_convolution``; so are
-    layers that project in backward themselves (``projection`` above 0), and weights that are computed (parametrized).
+    layers that project in backward themselves (``projection`` above 0), frozen weights (``requires_grad`` False), and
+    weights that are computed (parametrized). A weight that several layers share is listed once.
     Source: arXiv 1911.13173; ``trainer.py`` and ``ResnetBiasScaling.py`` of the authors' code
     (taylorkangbeck/mean-shift-rejection).
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    projects = {id(m) for m in convolutions if getattr(m, "projection", 0.0)}
-    chosen = convolutions if input_convolution else convolutions[1:]
-    weights = [m._parameters.get("weight") for m in chosen if id(m) not in projects]
-    return [w for w in weights if w is not None and _has_taps(w)]
+    weights = {id(w): w for m in convolutions if (w := m._parameters.get("weight")) is not None and w.requires_grad}
+    for index, module in enumerate(convolutions):
+        if getattr(module, "projection", 0.0) or (index == 0 and not input_convolution):
+            weights.pop(id(module._parameters.get("weight")), None)
+    return [w for w in weights.values() if _has_taps(w)]
 
 
 def unity_decay(parameters: Iterable[Tensor] | Tensor, weight: float = _UNITY_DECAY) -> Tensor:
@@ -186,25 +188,23 @@ def unity_decay(parameters: Iterable[Tensor] | Tensor, weight: float = _UNITY_DE
     ``trainer.py`` of the authors' code (taylorkangbeck/mean-shift-rejection).
 
     Args:
-        parameters: those with two or more dimensions count, filters along the first: kernels (O, C / groups, *kernel)
-            and linear weights (O, C). Sharded ones count with the filters that are here.
+        parameters: those with two or more dimensions count, once each, filters along the first: kernels
+            (O, C / groups, *kernel) and linear weights (O, C). Of those sharded along filters the filters here count.
         weight: factor, at least 0.
 
     Returns:
         A scalar to add to the loss, float32, or float64 if a kernel is.
 
     Raises:
-        TypeError, ValueError: ``weight`` out of range, or no filters in ``parameters``.
+        TypeError, ValueError: ``weight`` out of range, no filters in ``parameters``, or filters torn apart by sharding.
     """
     if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"weight: got {weight!r}, wanted a number of at least 0")
     total = None
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters: got {type(parameter).__name__}, wanted tensors")
+    for parameter in _distinct(parameters):
         if parameter.dim() < 2:
             continue
-        kernel = _local(parameter, "kernel")
+        kernel = _local(parameter, "kernel", shards=("filters",))
         dtype = torch.promote_types(kernel.dtype, torch.float32)
         norms = torch.linalg.vector_norm(kernel, dim=tuple(range(1, kernel.dim())), dtype=dtype)
         part = (norms - 1).square().sum()
@@ -218,8 +218,22 @@ def _has_taps(tensor: Tensor) -> bool:
     return tensor.dim() > 2 and math.prod(tensor.shape[2:]) > 1
 
 
-def _local(tensor: Tensor, what: str) -> Tensor:
-    """The part of a kernel or its gradient that is on this machine, whose means over taps need no other part."""
+def _distinct(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """Each once: layers may share a kernel."""
+    found = {}
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters: got {type(parameter).__name__}, wanted tensors")
+        found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return _distinct(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _local(tensor: Tensor, what: str, shards: tuple[str, ...] = ("filters", "channels")) -> Tensor:
+    """The part of a kernel or its gradient that is on this machine; ``shards``: dimensions that may be torn apart."""
     if tensor.layout != torch.strided:
         raise TypeError(f"parameters: got a {what} of layout {tensor.layout}, wanted a dense one")
     if not tensor.is_floating_point():
@@ -227,9 +241,9 @@ def _local(tensor: Tensor, what: str) -> Tensor:
     placements = getattr(tensor, "placements", None)
     if placements is None:
         return tensor
-    if any(p.is_partial() or (p.is_shard() and p.dim > 1) for p in placements):
+    if any(p.is_partial() or (p.is_shard() and p.dim >= len(shards)) for p in placements):
         raise ValueError(
-            f"parameters: got a {what} placed as {placements}, wanted it whole or sharded along filters or channels"
+            f"parameters: got a {what} placed as {placements}, wanted it whole or sharded along {' or '.join(shards)}"
         )
     return tensor.to_local()
 
@@ -250,9 +264,10 @@ def _project(tensors: list[Tensor], weight: float) -> None:
 
 
 def _checked_scope(scope: Iterable[Parameter], optimizer: torch.optim.Optimizer) -> list[Parameter]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    kernels = list(scope)
-    for kernel in kernels:
+    held = {id(p) for p in _held(optimizer)}
+    kernels = {}
+    for kernel in scope:
+        kernels[id(kernel)] = kernel
         if not isinstance(kernel, Tensor):
             raise TypeError(f"scope: got {type(kernel).__name__}, wanted parameters of the optimizer")
         if id(kernel) not in held:
@@ -262,7 +277,7 @@ def _checked_scope(scope: Iterable[Parameter], optimizer: torch.optim.Optimizer)
                 f"scope: got a kernel {tuple(kernel.shape)} with one tap, wanted more: "
                 "its whole gradient would be taken for a mean and vanish"
             )
-    return kernels
+    return list(kernels.values())
 
 
 @torch.no_grad()

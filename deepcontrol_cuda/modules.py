@@ -325,8 +325,10 @@ class _MeanShiftConv(_FusedConv):
         scale = None if self.scaling is None else self.log_scale.exp() if self.scaling == "exp" else self.scale
         if self.scaling_noise and self.training:
             like = self.weight if scale is None else scale
-            noise = torch.empty(self.out_channels, dtype=like.dtype, device=like.device)
-            noise = noise.uniform_(1 - self.scaling_noise, 1 + self.scaling_noise)
+            # In 16 bits uniform draws have ties and can reach the open end.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            noise = torch.empty(self.out_channels, dtype=dtype, device=like.device)
+            noise = noise.uniform_(1 - self.scaling_noise, 1 + self.scaling_noise).to(like.dtype)
             scale = noise if scale is None else scale * noise
         return scale, 0.0
 

@@ -285,6 +285,18 @@ def placements() -> dict:
     return results
 
 
+def unity_decay() -> list:
+    """Of filters of norm 2: the penalty here where filters are shared out, and the error where filters are torn."""
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    kernel = dc.init.zero_mean_unit_(torch.empty(5, 4, 3, 3), magnitude=2.0)
+    results = [dc.unity_decay(distribute_tensor(kernel, mesh, [Shard(0)]), 1.0).item()]
+    try:
+        dc.unity_decay(distribute_tensor(kernel, mesh, [Shard(1)]), 1.0)
+    except ValueError as error:
+        results.append(str(error))
+    return results
+
+
 def start_of_rank_0() -> dict:
     """Ranks that built different nets."""
     results = {}
@@ -371,8 +383,8 @@ if __name__ == "__main__":
         library.impl(kernel.__name__, kernel, "CPU")
     RANKS = distributed.start("ddp", "cpu", BATCH)
     checks = (
-        equality, traffic, accumulation, scaled_and_clipped, noise, placements, start_of_rank_0, batch_norm_by_hand,
-        sync_batch_norm,
+        equality, traffic, accumulation, scaled_and_clipped, noise, placements, unity_decay, start_of_rank_0,
+        batch_norm_by_hand, sync_batch_norm,
     )  # fmt: skip
     results = {check.__name__: check() for check in checks} | {"resume": resume(folder)}
     torch.save(results, folder / f"rank{RANKS.rank}.pt")

@@ -132,6 +132,40 @@ def test_channels_without_deviation_keep_their_gain():
     assert (model[0].gain == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("conv", [dc.DeepControlConv2d, dc.MeanShiftConv2d], ids=["deep_control", "mean_shift"])
+def test_rounding_is_no_deviation(conv, dtype):
+    """Maps that are constant but for the rounding of their mean."""
+    model = conv(3, 4, 1, dtype=dtype)
+    before = copy.deepcopy(model.state_dict())
+    images = torch.rand(1, 3, 1, 1).expand(8, 3, 16, 16).to(dtype)
+    dc.calibrate_gain_(model, images)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_hooks_of_others_keep_acting():
+    model = nn.Sequential(dc.DeepControlConv2d(3, 4, 3), dc.DeepControlConv2d(4, 4, 3))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model[0].register_forward_hook(lambda module, args, output: 100 * output)
+    images, seen = torch.randn(6, 3, 12, 12), []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].std().item()))
+    dc.calibrate_gain_(model, images)
+    model(images)
+    assert seen[-1] == pytest.approx(100, rel=1e-3)
+    assert seen[0] == pytest.approx(seen[-1])
+
+
+def test_a_gain_of_two_layers_and_one_that_is_computed():
+    model = nn.Sequential(dc.DeepControlConv2d(3, 4, 3), dc.DeepControlConv2d(4, 4, 3), dc.DeepControlConv2d(9, 4, 3))
+    model[1].gain = model[0].gain
+    with pytest.raises(ValueError, match="input channels"):
+        dc.calibrate_gain_(model, torch.randn(6, 3, 12, 12))
+    assert (model[0].gain == 1).all()
+    del model[2]
+    nn.utils.parametrize.register_parametrization(model[1], "gain", nn.Tanh())
+    assert dc.calibrate_gain_(model, torch.randn(6, 3, 12, 12)) == ["0"]
+
+
 def test_no_gradient_is_recorded_and_none_is_needed():
     model = Block(dc.DeepControlConv2d)
     for p in model.parameters():

@@ -255,6 +255,13 @@ def test_gradients_sharded_along_their_taps_are_refused(ranks):
         assert "sharded along filters or channels" in rank["placements"][5, 3, "S(2)"][1]
 
 
+def test_unity_decay_of_sharded_filters(ranks):
+    for rank, filters in zip(ranks, (3, 2)):
+        penalty, error = rank["unity_decay"]
+        assert penalty == pytest.approx(filters)
+        assert "wanted it whole or sharded along filters" in error
+
+
 @pytest.mark.parametrize("parallel", KINDS)
 def test_every_rank_starts_as_rank_0(ranks, parallel):
     wanted = ranks[0]["start_of_rank_0"][parallel][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -291,6 +292,61 @@ def test_scope():
     assert [id(k) for k in dc.spatial_kernels(own)] == [id(own[2].weight)]
     nn.utils.parametrizations.weight_norm(net[2])
     assert [id(k) for k in dc.spatial_kernels(net)] == [id(kernels[2])]
+
+
+def tied_net() -> nn.Sequential:
+    net = plain_net()
+    net[4] = nn.Conv2d(8, 8, 3, padding=1)
+    net[4].weight = net[2].weight
+    return net
+
+
+def test_a_kernel_of_two_layers_is_projected_once():
+    net = tied_net()
+    kernel = net[2].weight
+    assert [id(k) for k in dc.spatial_kernels(net)] == [id(kernel)]
+    gradient = torch.randn_like(kernel)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    hooks = dc.MeanShiftRejection(optimizer, amplification=9.0, scope=[kernel, kernel])
+    kernel.grad = gradient.clone()
+    optimizer.step()
+    torch.testing.assert_close(kernel.grad, 10 * reference.project(gradient, 0.9), rtol=1e-4, atol=1e-5)
+    hooks.remove()
+    kernel.grad = gradient.clone()
+    dc.project_kernel_gradients_([kernel, kernel], 0.9)
+    torch.testing.assert_close(kernel.grad, reference.project(gradient, 0.9))
+    norms = kernel.flatten(1).norm(dim=1)
+    torch.testing.assert_close(dc.unity_decay([kernel, kernel], 1.0), (norms - 1).square().sum())
+    net = plain_net()
+    net[0] = nn.Conv2d(8, 8, 3, padding=1)
+    net[2].weight = net[0].weight
+    assert [id(k) for k in dc.spatial_kernels(net)] == [id(net[4].weight)], "it is the input convolution's too"
+
+
+def test_frozen_kernels_are_out_of_scope_and_are_not_recentered():
+    net = plain_net()
+    net[2].weight.requires_grad_(False)
+    kernels = dc.spatial_kernels(net)
+    assert [id(k) for k in kernels] == [id(net[4].weight)]
+    trained = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-2)
+    dc.MeanShiftRejection(trained, scope=kernels, recenter=True)
+    everything = torch.optim.AdamW(net.parameters(), 1e-2)
+    dc.MeanShiftRejection(everything, recenter=True)
+    with torch.no_grad():
+        net[2].weight += 1
+    before = net[2].weight.clone()
+    for optimizer in (trained, everything):
+        step(net, optimizer, torch.randn(6, 3, 8, 8))
+    assert torch.equal(net[2].weight, before)
+    assert largest_mean(net[4].weight) < 2e-7
+
+
+def test_hooks_are_not_copied_in_silence():
+    optimizer = torch.optim.SGD(plain_net().parameters(), 0.1)
+    hooks = dc.MeanShiftRejection(optimizer)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied: make one for the copy of its optimizer"):
+            copied(hooks)
 
 
 def test_removed_hooks_do_nothing():
