@@ -9,9 +9,11 @@ import math
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +27,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 from deepcontrol_cuda import cli
-from deepcontrol_cuda.training import checkpoint, data, log, pictures, settings, trainer
+from deepcontrol_cuda.training import checkpoint, data, distributed, files, log, pictures, settings, trainer
 from deepcontrol_cuda.training.errors import TrainingError
 from deepcontrol_cuda.training.methods import METHODS
 from deepcontrol_cuda.training.threads import one_thread
@@ -259,8 +261,55 @@ def test_an_output_in_use_is_refused(run, tmp_path, capsys):
     half.write_bytes(b"half of")
     assert train(half.parent, "--epochs", "1") == 0
     assert not half.exists()
-    assert "does not exist, so there is no run to resume" in failure(capsys, tmp_path / "nothing", "--resume")
+    message = failure(capsys, tmp_path / "nothing", "--resume")
+    assert "does not exist, so there is no run to resume" in message
+    assert "a folder that all of them see" in message
     assert not (tmp_path / "nothing").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "_PATIENCE", 0)
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    (tmp_path / "new").mkdir()
+    with files.hold(run), files.hold(tmp_path / "new"):
+        assert f"another run is writing into {run}; wait for its end" in failure(capsys, run, "--resume")
+        assert "another run is writing into" in failure(capsys, tmp_path / "new", "--epochs", "1")
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    # It lets go of the folder itself, and removes what a killed one left.
+    (run / f".partial-{trainer.CHECKPOINT}-0").write_bytes(b"half of")
+    assert train(run, "--resume") == 0
+    assert train(run, "--resume") == 0
+    assert not list(run.glob(".partial*"))
+
+
+def test_two_processes_at_one_file_leave_it_whole(tmp_path, monkeypatch):
+    file, sync = tmp_path / "file", os.fsync
+    others = iter([b"of the other"])
+
+    def meanwhile(descriptor):
+        for content in others:
+            files.replace(file, content)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    files.replace(file, b"of this one")
+    assert file.read_bytes() == b"of this one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_out(tmp_path, monkeypatch):
+    file, sync = tmp_path / "file", os.fsync
+    file.write_bytes(b"old")
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with pytest.raises(files.WriteError, match=r"Input/output error .*; the new file is there and whole, but"):
+        files.replace(file, b"new")
+    assert file.read_bytes() == b"new"
 
 
 class Malicious:
@@ -351,6 +400,39 @@ def test_a_real_limit_on_files(tmp_path, capsys):
     assert "File too large (" in message
     assert "start it again: nothing is in" in message
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_all_ranks_end_when_rank_0_cannot_write(tmp_path, monkeypatch, capsys):
+    """Here of one rank: it tells the others, and ends when it is told."""
+    told, mean = [], distributed.mean
+
+    def of_two(tensor):
+        if tensor.dim():
+            return mean(tensor)
+        told.append(tensor.item())
+        return tensor + (len(told) > 2) / 2
+
+    monkeypatch.setattr(distributed, "mean", of_two)
+    message = failure(capsys, tmp_path / "other rank", "--epochs", "3")
+    assert message == "error: stopped, since rank 0 could not write; its message says why\n"
+    assert told == [0.0, 0.0, 0.0]
+    assert checkpoint.read(tmp_path / "other rank" / trainer.CHECKPOINT)["epoch"] == 2
+    told.clear()
+    monkeypatch.setattr(files, "replace", lambda *given: (_ for _ in ()).throw(files.WriteError("no room")))
+    monkeypatch.setattr(trainer, "_claim", lambda *given: nullcontext())
+    assert "no room. When there is room" in failure(capsys, tmp_path / "rank 0")
+    assert told == [1.0]
+
+
+def test_another_number_of_processes_is_noted(run, capsys):
+    file = run / trainer.CHECKPOINT
+    state = torch.load(file, weights_only=True)
+    state["records"][0] |= {"parallel": "ddp", "processes": 2}
+    torch.save(state, file)
+    assert train(run, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "note: processes was 2, is 1: bits may come out otherwise" in out
+    assert "note: parallel was ddp, is None" in out
 
 
 def test_divergence_stops_and_is_logged(tmp_path, capsys):
@@ -468,6 +550,41 @@ def test_tensorboard(tmp_path, monkeypatch, capsys):
     assert {step for *_, step in writer.scalars} == {2}
 
 
+@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "flush", "close"])
+def test_tensorboard_without_room_is_dropped(tmp_path, monkeypatch, capsys, broken):
+    def room(name):
+        def method(*given, **named):
+            if name == broken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return method
+
+    writer = type("Writer", (), {name: room(name) for name in ("__init__", "add_scalar", "flush", "close")})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
+    assert train(tmp_path / "run", "--epochs", "1") == 0
+    out = capsys.readouterr().out
+    assert out.count("no more events for TensorBoard: [Errno 28] No space left on device; curves.png and") == 1
+    assert len(records(tmp_path / "run", "epoch")) == 1
+
+
+def test_a_run_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatch, capsys):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            Path(folder, "events").write_text("")
+
+        def flush(self): ...
+        def close(self): ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", lambda *given: interrupt())
+        assert "interrupted; start it again: nothing is in" in failure(capsys, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, interrupt)
+        assert "interrupted; 0 whole epochs are in" in failure(capsys, tmp_path / "run")
+
+
 def test_the_bar_shows_loss_speed_and_time_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert train(tmp_path / "run", "--epochs", "1") == 0
@@ -525,6 +642,7 @@ def test_settings_out_of_range_are_refused(given, message):
     [
         (["--batch-size", "321"], "the training images are only 320"),
         (["--device", "tpu"], "--device: got tpu, wanted cpu, cuda"),
+        (["--device", "cpu:3"], "--device: got cpu:3, wanted cpu, cuda"),
         (["--device", "cuda:99"], "--device: got cuda:99, but PyTorch sees"),
         (["--workers", "-1"], "--workers: got -1"),
         (["--compile", "nonsense"], "--compile: got nonsense, this PyTorch has "),
@@ -534,6 +652,13 @@ def test_settings_out_of_range_are_refused(given, message):
 )
 def test_what_cannot_be_done_is_refused(tmp_path, capsys, options, message):
     assert message in failure(capsys, tmp_path / "run", *options)
+
+
+def test_warmup_fits_the_epochs():
+    for epochs, warmup in ((90, 5.0), (200, 5.0), (5, 5 / 18), (1, 1 / 18)):
+        assert settings.new({"dataset": "imagefolder", "epochs": epochs}).warmup == warmup
+    assert settings.new({"dataset": "imagefolder", "epochs": 5, "warmup": 2.0}).warmup == 2
+    assert settings.new({"epochs": 5}).warmup == 0
 
 
 def test_learning_rates():

@@ -61,7 +61,8 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise TrainingError(
-            f"{path} does not exist, so there is no run to resume; start one without --resume"
+            f"{path} does not exist, so there is no run to resume; start one without --resume. On several machines "
+            "--output must be a folder that all of them see: rank 0 writes, every rank reads"
         ) from error
     except (TrainingError, MemoryError):
         raise

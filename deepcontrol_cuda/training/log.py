@@ -62,9 +62,9 @@ class Log:
     def add(self, kind: str, **values: Any) -> None:
         """Append a record; ``write`` puts it into the files."""
         self.records.append({"kind": kind, **values})
-        if kind == "epoch" and self._board is not None:
+        if kind == "epoch":
             for name in _SCALARS:
-                self._board.add_scalar(name, values[name], values["epoch"])
+                self._on_board("add_scalar", name, values[name], values["epoch"])
 
     def write(self) -> None:
         """Renew the files from the records.
@@ -75,25 +75,39 @@ class Log:
         if self.folder is None:
             return
         if not self._opened:
-            self._board, self._opened = _tensorboard(self.folder, len(self.epochs)), True
+            self._open_board()
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in self.records]
         files.replace(self.folder / LOG, "".join(lines).encode())
         if self.epochs:
             files.replace(self.folder / CURVES, pictures.curves(self.title, self.epochs))
-        if self._board is not None:
-            self._board.flush()
+        self._on_board("flush")
 
     def close(self) -> None:
         self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        self._on_board("close")
 
+    def _open_board(self) -> None:
+        """A writer for TensorBoard that hides what an earlier process wrote behind the epochs so far."""
+        self._opened = True
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("no TensorBoard here, so no events for it; curves.png and log.jsonl have the same numbers")
+            return
+        try:
+            self._board = SummaryWriter(str(self.folder), purge_step=len(self.epochs) + 1)
+        except OSError as error:
+            self._drop_board(error)
 
-def _tensorboard(folder: Path, epochs: int):
-    """A writer into ``folder`` that hides what an earlier process wrote behind ``epochs``; None without TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard here, so no events for it; curves.png and log.jsonl have the same numbers")
-        return None
-    return SummaryWriter(str(folder), purge_step=epochs + 1)
+    def _on_board(self, method: str, *arguments: object) -> None:
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments)
+        except OSError as error:
+            self._drop_board(error)
+
+    def _drop_board(self, error: OSError) -> None:
+        # The run goes on: what TensorBoard would show is in the log too.
+        self._board = None
+        self.say(f"no more events for TensorBoard: {error}; curves.png and log.jsonl have the same numbers")

@@ -85,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("schedule", choices=("cosine", "step", "constant"), help="of the learning rate (default: cosine)")
     add("milestones", type=int, nargs="+", metavar="EPOCH",
         help="of schedule step: the rate drops to a tenth behind these epochs (default: at 1/2 and 3/4)")  # fmt: skip
-    add("warmup", type=float, metavar="EPOCHS", help="the rate rises linearly at first (default: 5 for imagefolder, 0)")
+    add("warmup", type=float, metavar="EPOCHS",
+        help="the rate rises linearly at first (default: 5 for imagefolder, fewer in under 90 epochs; 0)")  # fmt: skip
     add("epochs", type=int, help="default: 12 for digits, 200 for CIFAR, 90")
     add(
         "batch-size",
@@ -140,6 +141,9 @@ def new(given: dict[str, Any]) -> Settings:
     adamw = values["optimizer"] == "adamw"
     dataset = {"learning_rate": _SGD_RATE, "momentum": 0.0 if adamw else 0.9, **_DEFAULTS[values["dataset"]]}
     values = values | dataset | (_ADAMW if adamw else {}) | {k: v for k, v in given.items() if k in _names()}
+    if "warmup" not in given:
+        # In a shorter run than ImageNet's 90 epochs the same share of it.
+        values["warmup"] = min(values["warmup"], values["epochs"] / 18)
     if values["schedule"] == "step" and not values["milestones"]:
         values["milestones"] = sorted({max(1, values["epochs"] * share // 4) for share in (2, 3)})
     settings = Settings(**values)

@@ -11,7 +11,8 @@ import gc
 import math
 import os
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,8 +66,8 @@ def train(given: dict[str, Any], machine: Machine, output: Path, resume: bool) -
         stack.callback(distributed.finish)
         if settings.dataset == "digits":
             stack.enter_context(one_thread())
-        if saved is None and ranks.rank == 0:
-            _claim(output)
+        if ranks.rank == 0:
+            stack.enter_context(_claim(output, resume))
         path = machine.data or (Path(saved["data"]) if saved and saved["data"] else None)
         data = datasets.load(settings.dataset, path, settings.image_size, _workers(machine))
         try:
@@ -100,7 +101,7 @@ def _device(machine: Machine) -> str:
         kind = torch.device(name).type
     except RuntimeError:
         kind = ""
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", "cuda") or name.startswith("cpu:"):
         raise TrainingError(f"--device: got {name}, wanted cpu, cuda or cuda and a number as in cuda:1")
     if kind == "cuda" and not (cuda and (torch.device(name).index or 0) < torch.cuda.device_count()):
         raise TrainingError(f"--device: got {name}, but PyTorch sees {torch.cuda.device_count()} GPUs")
@@ -116,18 +117,28 @@ def _workers(machine: Machine) -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _claim(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        # A process that was killed ahead of its first checkpoint may have left half of that.
-        if any(not files.is_partial(path) for path in output.iterdir()):
+@contextmanager
+def _claim(output: Path, resume: bool) -> Iterator[None]:
+    """Hold ``output``, once it is known that a run can be written into it."""
+    with ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.hold(output))
+            if not resume:
+                if any(output.iterdir()):
+                    raise TrainingError(
+                        f"--output: {output} is not empty; add --resume to go on with the run in it, or name another "
+                        "folder"
+                    )
+                files.replace(output / CHECKPOINT, b"")
+                (output / CHECKPOINT).unlink()
+        except BlockingIOError as error:
             raise TrainingError(
-                f"--output: {output} is not empty; add --resume to go on with the run in it, or name another folder"
-            )
-        files.replace(output / CHECKPOINT, b"")
-        (output / CHECKPOINT).unlink()
-    except OSError as error:
-        raise TrainingError(f"--output: cannot write into {output}: {error.strerror or error}") from error
+                f"--output: another run is writing into {output}; wait for its end or stop it, or name another folder"
+            ) from error
+        except OSError as error:
+            raise TrainingError(f"--output: cannot write into {output}: {error.strerror or error}") from error
+        yield
 
 
 class _Trainer:
@@ -205,24 +216,27 @@ class _Trainer:
 
     def _open_log(self, saved: dict[str, Any] | None) -> None:
         now = conditions(self.ranks.device)
+        # Every rank draws noise of its own.
+        shared = {"parallel": self.parallel, "processes": self.ranks.world_size}
         self.log.say(f"{self.log.title}: {self.data}; {self.steps_per_epoch} steps an epoch; into {self.output}")
         if saved is not None:
-            before = [record["conditions"] for record in self.log.records if "conditions" in record][-1]
-            for name in before.keys() | now.keys():
-                if before.get(name) != now.get(name):
+            last = [record for record in self.log.records if "conditions" in record][-1]
+            before, after = last["conditions"] | {name: last[name] for name in shared}, now | shared
+            for name in before.keys() | after.keys():
+                if before.get(name) != after.get(name):
                     self.log.say(
-                        f"note: {name} was {before.get(name)}, is {now.get(name)}: bits may come out otherwise"
+                        f"note: {name} was {before.get(name)}, is {after.get(name)}: bits may come out otherwise"
                     )
             self.log.say(f"resumed behind epoch {self.epoch}")
         self.log.add(
             "start" if saved is None else "resume", epoch=self.epoch, settings=asdict(self.settings), conditions=now,
-            data=str(self.data), parallel=self.parallel, processes=self.ranks.world_size,
-            time=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            data=str(self.data), **shared, time=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         )  # fmt: skip
-        if saved is None:
-            # So that a run killed in its first epoch can be resumed too, and a full disk shows before the work.
-            self._save()
-        self.log.write()
+        with self._writing():
+            if saved is None:
+                # So that a run killed in its first epoch can be resumed too, and a full disk shows before the work.
+                self._save()
+            self.log.write()
 
     def close(self) -> None:
         """Let go of the terminal and of the other processes."""
@@ -258,14 +272,26 @@ class _Trainer:
                 train_accuracy=train_accuracy, test_loss=test_loss, test_accuracy=test_accuracy, seconds=seconds,
                 images_per_second=speed,
             )  # fmt: skip
-            self._save(epoch)
-            self.log.write()
+            with self._writing():
+                self._save(epoch)
+                self.log.write()
             self.log.say(
                 f"epoch {epoch}/{self.settings.epochs}: loss {train_loss:.4f}, accuracy {train_accuracy:.4f}; "
                 f"test loss {test_loss:.4f}, accuracy {test_accuracy:.4f}; {speed:.0f} images/s"
             )
         accuracy = self.log.epochs[-1]["test_accuracy"]
         self.log.say(f"test accuracy {accuracy:.4f} after {self.epoch} epochs; everything is in {self.output}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what only rank 0 writes: when it cannot, all ranks end here, since the others would wait for it."""
+        problem = None
+        try:
+            yield
+        except files.WriteError as error:
+            problem = error
+        if distributed.mean(torch.tensor(float(problem is not None), device=self.ranks.device)).item():
+            raise problem or TrainingError("stopped, since rank 0 could not write; its message says why")
 
     @property
     def _way_on(self) -> str:
