@@ -1,14 +1,16 @@
 """One rank of the pair that tests/test_distributed.py starts: trains small nets, writes down what came out.
 
 ``python distributed_worker.py FOLDER`` with the environment of ``torchrun``; results go to FOLDER/rank<n>.pt. All is in
-float64, and each rank computes what a single process would give too.
+float64 but what the train command does, and each rank computes what a single process would give too.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -217,7 +219,7 @@ def scaled_and_clipped() -> dict:
 
 
 def noise() -> dict:
-    """Two runs of the same seeds and one of others; and what each rank draws."""
+    """Two runs of the same seeds and one of others; and what this rank draws."""
     results = {}
     for parallel in distributed.KINDS:
         states = []
@@ -228,7 +230,7 @@ def noise() -> dict:
                 training.step()
             states.append(training.state()[0])
         torch.manual_seed(RANKS.rank)
-        results[parallel] = (states, distributed.gather(dc.MapNoise()(torch.ones(2, 3, 4, 4))))
+        results[parallel] = (states, dc.MapNoise()(torch.ones(2, 3, 4, 4)))
     return results
 
 
@@ -337,6 +339,45 @@ def sync_batch_norm() -> dict:
     return {"single": single.gradients(), "shared": shared.gradients()}
 
 
+def statistics_of_a_run(folder: Path) -> dict | None:
+    """Two epochs of the train command with Batch Norm in shards, in one go and resumed behind the first.
+
+    For each of both the records and the checkpoint, and the test loss of its model in this process alone.
+    """
+    if not all(map(find_spec, ("matplotlib", "sklearn", "tqdm"))):
+        return None
+    from deepcontrol_cuda.training import checkpoint, data, log, pictures, trainer
+
+    digits = data.digits()
+    few = replace(
+        digits,
+        train=data.InMemory(digits.train.images[:256], digits.train.labels[:256]),
+        test=data.InMemory(digits.test.images[:64], digits.test.labels[:64]),
+    )
+    given = {"method": "batch_norm", "schedule": "constant", "batch_size": 64}
+    machine = trainer.Machine(device="cpu", parallel="fsdp2")
+    results = {}
+    with (
+        mock.patch.multiple(distributed, start=lambda *_: RANKS, finish=lambda: None),
+        mock.patch.multiple(pictures, curves=lambda *_: b"a picture"),
+        mock.patch.multiple(data, digits=lambda: few),
+        mock.patch.multiple(log.Log, _open_board=lambda _: None),
+    ):
+        trainer.train(given | {"epochs": 2}, machine, folder / "whole", False)
+        trainer.train(given | {"epochs": 1}, machine, folder / "cut", False)
+        dist.barrier()
+        trainer.train({"epochs": 2}, machine, folder / "cut", True)
+        dist.barrier()
+    for name in ("whole", "cut"):
+        state = checkpoint.read(folder / name / trainer.CHECKPOINT)
+        model = METHODS["batch_norm"].build("resnet10", 1, 10, 0).eval()
+        model.load_state_dict(state["model"])
+        with torch.no_grad():
+            loss = F.cross_entropy(model(few.normalise(few.test.images)), few.test.labels).item()
+        results[name] = (state["model"], [r for r in state["records"] if r["kind"] == "epoch"], loss)
+    return results
+
+
 def sync_batch_norm_on_cpu():
     """SyncBatchNorm is PyTorch's own but for the test of the device, and the kernels that CPUs lack."""
     return mock.patch.object(torch._C, "_get_privateuse1_backend_name", return_value="cpu")
@@ -387,5 +428,7 @@ if __name__ == "__main__":
         batch_norm_by_hand, sync_batch_norm,
     )  # fmt: skip
     results = {check.__name__: check() for check in checks} | {"resume": resume(folder)}
+    torch.set_default_dtype(torch.float32)
+    results["statistics_of_a_run"] = statistics_of_a_run(folder)
     torch.save(results, folder / f"rank{RANKS.rank}.pt")
     distributed.finish()

@@ -187,13 +187,11 @@ def mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def gather(value: object) -> list:
-    """The ``value`` of every rank, by rank, on each of them: what a checkpoint keeps of random states, for instance."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: running statistics, which FSDP2 leaves to each rank; alone, nothing."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -357,8 +357,7 @@ class _Trainer:
                 loss = loss / len(parts)
                 penalty = self.method.penalty(self.model) if last else None
                 if penalty is not None:
-                    # Under FSDP2 it is a sum of the ranks' shards.
-                    loss = loss + (penalty.full_tensor() if hasattr(penalty, "full_tensor") else penalty)
+                    loss = loss + penalty
                 self.scaler.scale(loss).backward()
         if self.settings.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -369,7 +368,8 @@ class _Trainer:
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the test images."""
+        """Mean loss and accuracy over the test images, of the model as it is saved."""
+        distributed.share_buffers(self.model)
         self.module.eval()
         count, ranks = len(self.data.test), self.ranks.world_size
         # Every rank takes as many batches, since a forward may wait for the others; what is too many is not counted.
