@@ -16,6 +16,7 @@ from bench.__main__ import main
 from bench.cases import SETS
 from bench.runner import Row, Setting
 from deepcontrol_cuda import backends
+from deepcontrol_cuda.memory import peak_bytes
 from deepcontrol_cuda.timing import Shape, Step, Times, interleaved
 
 # One thread, so that a busy machine does not make the tests slow.
@@ -136,6 +137,21 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     # The first convolution keeps its input and the second keeps what ReLU already has.
     chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
     assert memory.saved_bytes(chain, x) == 2 * map_bytes
+
+
+def test_peak_bytes_is_what_is_held_at_once():
+    megabyte = 2**20
+
+    def call() -> None:
+        first = torch.zeros(3 * megabyte, dtype=torch.uint8)
+        second = first + 1
+        del first
+        torch.zeros(megabyte, dtype=torch.uint8)
+        del second
+        torch.zeros(2 * megabyte, dtype=torch.uint8)
+
+    peak_bytes(call)
+    assert 6 * megabyte <= peak_bytes(call) < 6.1 * megabyte
 
 
 def test_overhead(tmp_path, capsys):

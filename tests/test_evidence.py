@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -155,9 +157,20 @@ def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     assert kept.missing == plan.settings(["digits"], 1, True)[3:]
 
 
-def test_a_full_disk_is_explained():
+def test_a_full_disk_is_explained(tmp_path):
     with pytest.raises(TrainingError, match="No space left"):
         records.File(Path("/dev/full"))
+    file = records.File(tmp_path / "results.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(TrainingError, match="File too large; all runs that ended before are in it"):
+            file.add("conditions", {"text": "x" * 200})
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_wrong_options_are_explained(tmp_path, capsys):
@@ -278,7 +291,7 @@ def test_claims_against_batch_norm(shift, where, best):
     ours = {rate: [value + shift for value in values] for rate, values in NORM.items()}
     got = verdicts({"none": NONE, "batch_norm": NORM, "deep_control": ours})
     assert got["Deep Control at the learning rat"] == where
-    assert got["Deep Control accuracy equal to B"] == best
+    assert got["Deep Control higher accuracy tha"] == best
 
 
 def test_claim_where_none_fails_wants_both_to_train():
@@ -304,9 +317,47 @@ def test_claims_of_small_batches_take_the_best_learning_rates():
         assert [(c.verdict, "batch size 1," in c.text) for c in found] == [(verdict, True)]
 
 
+def records_of(made: list[runs.Run]) -> records.Records:
+    found = records.Records(plan=[run.setting for run in made])
+    for run in made:
+        found.add(run)
+    return found
+
+
+def test_ingredients_are_compared_at_the_learning_rates_they_share():
+    full = {0.1: [0.7, 0.7], 0.2: [0.9, 0.91], 0.4: [0.95, 0.96]}
+    without = {0.1: [0.7, 0.71], 0.2: [0.8, 0.81]}
+    made = made_up({"mean_shift_rejection": full, "mean_shift_rejection_noise_off": without})
+    text = report.markdown(records_of(made)).partition("## Ingredients")[2]
+    assert "at which all of them ran: 0.1, 0.2." in text
+    row = next(line for line in text.splitlines() if line.startswith("| MSR, no noise"))
+    assert [cell.strip()[:6] for cell in row.strip("|").split("|")] == ["MSR, n", "0.2", "0.805 ", "-0.100", "-0.100"]
+
+
+def test_a_best_learning_rate_at_the_edge_is_marked():
+    accuracies = {"batch_norm": {0.01: [0.5, 0.51], 0.02: [0.7, 0.71]}, "deep_control": {0.01: [0.9, 0.91]}}
+    accuracies["deep_control"] |= {0.02: [0.95, 0.96], 0.04: [0.9, 0.9]}
+    (claim,) = claims.check(analysis.Analysis(made_up(accuracies, 1) + made_up(accuracies, 8)))
+    assert "(at 0.02) against" in claim.numbers
+    assert "(at 0.02, the edge of the grid); difference" in claim.numbers
+
+
+def test_runs_are_counted_by_the_conditions_they_were_done_under(copy, trained, monkeypatch):
+    folder, path = copy
+    lines = path.read_bytes().splitlines(keepends=True)
+    lost = [line for line in lines if line.startswith(b'{"run"')][:2]
+    path.write_bytes(b"".join(line for line in lines if line not in lost))
+    monkeypatch.setattr("deepcontrol_cuda.training.evidence.command.conditions", lambda: {"CPU": "another"})
+    assert again(folder) == 0
+    assert records.read(path).counts == [10, 2]
+    summary = json.loads((folder / "evidence" / "summary.json").read_text())
+    assert [c["runs"] for c in summary["conditions"]] == [10, 2]
+    assert "| runs      | 2       |\n| CPU       | another |" in (folder / "evidence.md").read_text()
+
+
 def test_report_tells_failed_runs():
     made = made_up({"none": NONE, "batch_norm": NORM})
-    text = report.markdown(records.Records([run.setting for run in made], [], {run.setting: run for run in made}))
+    text = report.markdown(records_of(made))
     row = next(line for line in text.splitlines() if line.startswith("| no norm "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1].startswith("0.810 ± 0.0")

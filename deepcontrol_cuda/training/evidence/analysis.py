@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..methods import METHODS
@@ -68,9 +68,18 @@ class Analysis:
     def estimate(self, sweep: Sweep, method: str, rate: float) -> Estimate:
         return estimate(self.accuracies(sweep, method, rate))
 
-    def best_rate(self, sweep: Sweep, method: str) -> float:
-        """The learning rate of the highest mean accuracy, the lower one of equals."""
-        return max(self.rates(sweep, method), key=lambda rate: self.estimate(sweep, method, rate).mean)
+    def common_rates(self, sweep: Sweep, methods: Iterable[str]) -> list[float]:
+        """Those at which there are runs of each of ``methods``."""
+        return sorted(set.intersection(*(set(self.rates(sweep, method)) for method in methods)))
+
+    def best_rate(self, sweep: Sweep, method: str, rates: Sequence[float] | None = None) -> float:
+        """The learning rate, of ``rates`` or all, of the highest mean accuracy, the lower one of equals."""
+        return max(rates or self.rates(sweep, method), key=lambda rate: self.estimate(sweep, method, rate).mean)
+
+    def at_edge(self, sweep: Sweep, method: str) -> bool:
+        """Whether the best learning rate is the lowest or the highest there is, so that a better one may lie beyond."""
+        rates = self.rates(sweep, method)
+        return self.best_rate(sweep, method) in (rates[0], rates[-1])
 
     def worst_rate(self, sweep: Sweep, method: str) -> float:
         return min(self.rates(sweep, method), key=lambda rate: self.estimate(sweep, method, rate).mean)
@@ -82,10 +91,10 @@ class Analysis:
     def all_trained(self, sweep: Sweep, method: str, rate: float) -> bool:
         return all(trained(run) for run in self.cell(sweep, method, rate))
 
-    def stable_rate(self, sweep: Sweep, method: str) -> float | None:
-        """The largest learning rate, going up from the lowest at which all seeds trained to the first at which not."""
+    def stable_rate(self, sweep: Sweep, method: str, rates: Sequence[float] | None = None) -> float | None:
+        """The largest of ``rates``, or all, going up from the lowest at which all seeds trained to the first not."""
         stable = None
-        for rate in self.rates(sweep, method):
+        for rate in rates or self.rates(sweep, method):
             if self.all_trained(sweep, method, rate):
                 stable = rate
             elif stable is not None:

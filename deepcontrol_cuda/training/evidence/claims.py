@@ -79,11 +79,8 @@ def _where_none_fails(analysis: Analysis, sweep: Sweep, method: str) -> Claim:
 def _against_batch_norm(analysis: Analysis, sweep: Sweep, method: str) -> Claim:
     over = difference(analysis.best(sweep, method), analysis.best(sweep, "batch_norm"))
     numbers = f"{_best(analysis, sweep, method)} against {_best(analysis, sweep, 'batch_norm')}; difference {over}"
-    if method == "mean_shift_rejection":
-        text, source = "higher accuracy than Batch Norm", _PAPER_MEAN_SHIFT
-    else:
-        text, source = "accuracy equal to Batch Norm's or higher", _PAPER_DEEP_CONTROL
-    text = f"{METHODS[method].label}: {text}, each at its best learning rate"
+    source = _PAPER_MEAN_SHIFT if method == "mean_shift_rejection" else f"{_PAPER_DEEP_CONTROL}: equal or higher"
+    text = f"{METHODS[method].label}: higher accuracy than Batch Norm, each at its best learning rate"
     return Claim(text, source, sweep.task, decide(over), numbers)
 
 
@@ -126,13 +123,15 @@ def _mean_shifts(analysis: Analysis, task: str) -> Iterator[Claim]:
 def _small_batch(analysis: Analysis, sweep: Sweep, method: str) -> Claim:
     over = difference(analysis.best(sweep, method), analysis.best(sweep, "batch_norm"))
     numbers = f"{_best(analysis, sweep, method)} against {_best(analysis, sweep, 'batch_norm')}; difference {over}"
-    text = f"{METHODS[method].label}: at batch size {sweep.batch_size}, higher accuracy than Batch Norm"
+    text = f"at batch size {sweep.batch_size}, higher accuracy than Batch Norm, each at its best learning rate"
+    text = f"{METHODS[method].label}: {text}"
     return Claim(text, "ours", sweep.task, decide(over), numbers)
 
 
 def _best(analysis: Analysis, sweep: Sweep, method: str) -> str:
     rate = analysis.best_rate(sweep, method)
-    return f"{analysis.estimate(sweep, method, rate)} (at {rate:g})"
+    edge = ", the edge of the grid" if analysis.at_edge(sweep, method) else ""
+    return f"{analysis.estimate(sweep, method, rate)} (at {rate:g}{edge})"
 
 
 def _rate(rate: float | None) -> str:

@@ -66,9 +66,8 @@ def run(output: Path, tasks: list[str], seeds: int, quick: bool, jobs: int) -> s
 def _conditions(records: Records, file: File) -> None:
     with one_thread():
         now = conditions()
-    if now not in records.conditions:
-        records.conditions.append(now)
-        file.add("conditions", now)
+    records.start(now)
+    file.add("conditions", now)
 
 
 def _measure(records: Records, file: File, tasks: list[str], quick: bool, jobs: int) -> None:
@@ -79,7 +78,7 @@ def _measure(records: Records, file: File, tasks: list[str], quick: bool, jobs: 
     with tqdm(total=sum(s.steps for s in settings), unit="step", desc="training", dynamic_ncols=True) as bar:
         for run in workers.run(settings, jobs):
             file.add_run(run)
-            records.runs[run.setting] = run
+            records.add(run)
             bar.set_description(str(run.setting))
             bar.update(run.setting.steps)
     for task in tasks:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...memory import saved_bytes
+from ...memory import peak_bytes, saved_bytes
 from ...timing import interleaved
 from ..methods import METHODS, Method
 from ..threads import one_thread
@@ -27,12 +27,14 @@ class Cost:
         milliseconds: median of a step: forward, backward and the optimizer's part.
         spread: distance between the quartiles over the median.
         saved_bytes: of the storages that forward keeps for backward, besides parameters and buffers.
+        peak_bytes: most that a step holds at a time, gradients included, above what is there before it.
     """
 
     method: str
     milliseconds: float
     spread: float
     saved_bytes: int
+    peak_bytes: int
 
 
 @one_thread()
@@ -41,7 +43,10 @@ def measure(task: str, rounds: int, progress: Callable[[], object] = lambda: Non
     steps = {name: _Step(method, task) for name, method in METHODS.items()}
     kept = {name: saved_bytes(step.model, step.images) for name, step in steps.items()}
     times = interleaved(steps, rounds, progress)
-    return [Cost(name, round(1e3 * time.median, 3), round(time.spread, 3), kept[name]) for name, time in times.items()]
+    return [
+        Cost(name, round(1e3 * time.median, 3), round(time.spread, 3), kept[name], peak_bytes(steps[name]))
+        for name, time in times.items()
+    ]
 
 
 class _Step:

@@ -60,10 +60,16 @@ class Setting:
 _FEWER_RATES = tuple(rate for rate in LEARNING_RATES if rate != 0.02)
 _INGREDIENT_RATES = (0.05, 0.2, 0.4, 0.8, 1.6)
 
-# Learning rates for each batch size, about where the best are: steps of one image take long, so there are few of them.
+# Learning rates for each batch size, about where the best are; few, since steps of one image take long.
 _BATCH_RATES = {
-    "digits": {1: (0.01, 0.02), 2: (0.01, 0.05), 8: (0.02, 0.1, 0.4), 32: (0.05, 0.2, 0.8), 128: (0.1, 0.4, 1.6)},
-    "shapes": {1: (0.01,), 2: (0.01, 0.05)},
+    "digits": {
+        1: (0.003, 0.01, 0.02),
+        2: (0.003, 0.01, 0.05),
+        8: (0.02, 0.1, 0.4),
+        32: (0.05, 0.2, 0.8),
+        128: (0.1, 0.4, 1.6),
+    },
+    "shapes": {1: (0.003, 0.01, 0.03), 2: (0.003, 0.01, 0.05)},
 }
 _BATCH_METHODS = {
     "digits": tuple(m for m in COMPARED if m not in ("gradient_centralization", "deep_control_uncalibrated")),

@@ -25,7 +25,8 @@ class Records:
 
     Args:
         plan: the settings that were asked for last; what of them has no run is missing.
-        conditions: of each start of the command that did something, equal ones once.
+        conditions: of each start of the command that did something, by name.
+        counts: how many runs each of these starts did.
         runs: by their settings.
         costs: of each task.
         notes: what was found wrong with the file and what was done about it.
@@ -33,9 +34,19 @@ class Records:
 
     plan: list[Setting] = field(default_factory=list)
     conditions: list[dict[str, str]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     runs: dict[Setting, Run] = field(default_factory=dict)
     costs: dict[str, list[Cost]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def start(self, conditions: dict[str, str]) -> None:
+        self.conditions.append(conditions)
+        self.counts.append(0)
+
+    def add(self, run: Run) -> None:
+        self.runs[run.setting] = run
+        if self.counts:
+            self.counts[-1] += 1
 
     @property
     def missing(self) -> list[Setting]:
@@ -54,7 +65,8 @@ class File:
         self.path = path
         try:
             new = not path.exists() or not path.stat().st_size
-            self._file = open(path, "a+b")  # noqa: SIM115
+            # Without a buffer, which would be written again, and fail again, when the file is closed.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
             if new:
                 self.add("version", VERSION)
             else:
@@ -83,8 +95,8 @@ class File:
 
     def _write(self, line: bytes) -> None:
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise TrainingError(
@@ -135,12 +147,7 @@ def _check_version(path: Path, line: bytes) -> None:
 def _read_run(records: Records, value: dict[str, Any]) -> None:
     setting = Setting(**{name: value.pop(name) for name in Setting.__dataclass_fields__})
     shifts = [MeanShift(**shift) for shift in value.pop("mean_shifts", [])]
-    records.runs[setting] = Run(setting, **value, mean_shifts=shifts)
-
-
-def _read_conditions(records: Records, value: dict[str, str]) -> None:
-    if value not in records.conditions:
-        records.conditions.append(value)
+    records.add(Run(setting, **value, mean_shifts=shifts))
 
 
 def _read_plan(records: Records, value: dict[str, Any]) -> None:
@@ -153,7 +160,7 @@ def _read_costs(records: Records, value: dict[str, list[dict[str, Any]]]) -> Non
 
 _READERS: dict[str, Callable[[Records, Any], None]] = {
     "run": _read_run,
-    "conditions": _read_conditions,
+    "conditions": Records.start,
     "plan": _read_plan,
     "costs": _read_costs,
 }

@@ -59,7 +59,7 @@ def summary(records: Records) -> dict:
                 })  # fmt: skip
     return {
         "complete": records.complete,
-        "conditions": records.conditions,
+        "conditions": [c | {"runs": n} for c, n in zip(records.conditions, records.counts, strict=True)],
         "claims": [asdict(claim) for claim in claims.check(analysis)],
         "cells": cells,
         "costs": {task: [asdict(cost) for cost in costs] for task, costs in records.costs.items()},
@@ -79,7 +79,8 @@ def markdown(records: Records) -> str:
         missing = f"{len(records.missing)} of {len(records.plan)} runs are missing"
         parts.append(f"**Incomplete: {missing}. What is here was measured.**")
     parts += ["## Claims", text.CLAIMS, claims_table(claims.check(analysis))]
-    parts += ["## Conditions", *(_conditions(conditions) for conditions in records.conditions)]
+    parts.append("## Conditions")
+    parts += _conditions(records)
     parts += ["## How it was measured", *text.method(sweep.task for sweep in analysis.rate_sweeps())]
     parts += ["## Learning rates", text.RATES]
     if analysis.rate_sweeps():
@@ -108,8 +109,16 @@ def markdown(records: Records) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _conditions(conditions: dict[str, str]) -> str:
-    return markdown_table([["condition", "value"], *map(list, conditions.items())])
+def _conditions(records: Records) -> list[str]:
+    """A table for all starts under the same conditions that did runs."""
+    counts: dict[tuple[tuple[str, str], ...], int] = {}
+    for conditions, count in zip(records.conditions, records.counts, strict=True):
+        if count:
+            key = tuple(conditions.items())
+            counts[key] = counts.get(key, 0) + count
+    return [
+        markdown_table([["condition", "value"], ["runs", f"{n}"], *map(list, items)]) for items, n in counts.items()
+    ]
 
 
 def _rates_table(analysis: Analysis, sweep: Sweep) -> str:
@@ -169,19 +178,28 @@ def _ingredients(analysis: Analysis, sweep: Sweep) -> list[str]:
 
 
 def _ingredients_table(analysis: Analysis, sweep: Sweep) -> str:
-    stable = analysis.stable_rate(sweep, _FULL)
+    methods = (_FULL, *_ingredients(analysis, sweep))
+    rates = analysis.common_rates(sweep, methods)
+    if not rates:
+        return ""
+    stable = analysis.stable_rate(sweep, _FULL, rates)
     common = "" if stable is None else f"at {stable:g} over the full recipe"
     lines = [[f"recipe ({sweep.task})", "largest stable", "best", "best over the full recipe's best", common]]
-    for method in (_FULL, *_ingredients(analysis, sweep)):
-        rate, best = analysis.stable_rate(sweep, method), analysis.best_rate(sweep, method)
+    full_best = analysis.accuracies(sweep, _FULL, analysis.best_rate(sweep, _FULL, rates))
+    for method in methods:
+        rate, best = analysis.stable_rate(sweep, method, rates), analysis.best_rate(sweep, method, rates)
         line = [METHODS[method].label, "none" if rate is None else f"{rate:g}"]
         line.append(f"{analysis.estimate(sweep, method, best)} at {best:g}")
-        there = [] if stable is None else analysis.accuracies(sweep, method, stable)
         full = method == _FULL
-        line.append("" if full else _difference(analysis.best(sweep, method), analysis.best(sweep, _FULL)))
-        line.append("" if full or not there else _difference(there, analysis.accuracies(sweep, _FULL, stable)))
-        lines.append(line)
-    return markdown_table(lines)
+        line.append("" if full else _difference(analysis.accuracies(sweep, method, best), full_best))
+        at_stable = (
+            ""
+            if full or stable is None
+            else _difference(analysis.accuracies(sweep, method, stable), analysis.accuracies(sweep, _FULL, stable))
+        )
+        lines.append([*line, at_stable])
+    grid = ", ".join(f"{rate:g}" for rate in rates)
+    return f"Over the learning rates at which all of them ran: {grid}.\n\n{markdown_table(lines)}"
 
 
 def _batches_table(analysis: Analysis, sweeps: list[Sweep]) -> str:
@@ -217,7 +235,8 @@ def _shift_over_none(analysis: Analysis, task: str, values: list[float]) -> str:
 def _costs_table(costs: list[Cost]) -> str:
     by_method = {cost.method: cost for cost in costs}
     norm = by_method["batch_norm"]
-    lines = [["method", "step, ms", "spread", "over Batch Norm", "saved for backward, KiB", "over Batch Norm"]]
+    over = "over Batch Norm"
+    lines = [["method", "step, ms", "spread", over, "saved for backward, KiB", over, "peak, KiB", over]]
     for cost in costs:
         lines.append([
             METHODS[cost.method].label,
@@ -226,5 +245,7 @@ def _costs_table(costs: list[Cost]) -> str:
             f"{cost.milliseconds / norm.milliseconds:.2f}",
             f"{cost.saved_bytes / 1024:.0f}",
             f"{cost.saved_bytes / norm.saved_bytes:.2f}",
+            f"{cost.peak_bytes / 1024:.0f}",
+            f"{cost.peak_bytes / norm.peak_bytes:.2f}",
         ])  # fmt: skip
     return markdown_table(lines)

@@ -27,7 +27,8 @@ hold*: by the same interval it is the other way round; *undecided*: the interval
 rates hold or not by the definitions below, without an interval. "within Batch Norm's interval or above", at each \
 learning rate above the largest stable one of no norm: all seeds trained, and their mean is not below the lower end of \
 that interval; learning rates at which Batch Norm did not train with all seeds are not counted. "against" is against \
-Batch Norm, or what the claim names."""
+Batch Norm, or what the claim names. A best learning rate at *the edge of the grid* may not be the best there is. \
+Every interval stands alone: of so many at {CONFIDENCE:.0%} some miss by chance."""
 
 _RUNS = f"""\
 Every run is alike but for method, learning rate, batch size and seed: SGD with momentum {MOMENTUM:g}, the learning \
@@ -81,4 +82,5 @@ COSTS = f"""\
 One training step (forward, backward, optimizer) at batch size {BATCH_SIZE}, one thread, medians of interleaved runs; \
 "spread" is the distance between the quartiles over the median. Layers this small are mostly overhead, so these times \
 say nothing about large networks. Saved for backward: bytes that the forward keeps, by saved-tensor hooks, parameters \
-and buffers left out."""
+and buffers left out. Peak: most bytes that the step holds at a time, gradients included, above what is there before \
+it."""
