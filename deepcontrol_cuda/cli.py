@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     train = commands.add_parser("train", help="train a ResNet; alone: Deep Control on scikit-learn's digits")
     settings.add_arguments(train)
-    train.add_argument("--output", type=Path, help="folder for checkpoint, log and curves (default: in runs/)")
+    train.add_argument(
+        "--output", type=Path, help="folder for checkpoint, log and curves, seen by all machines (default: in runs/)"
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run in --output, with its settings")
     train.set_defaults(run=_train)
     evidence = commands.add_parser("evidence", help="compare the methods over learning rates, batch sizes and seeds")

@@ -51,11 +51,6 @@ def replace(path: Path, content: bytes) -> None:
         ) from error
 
 
-def is_partial(path: Path) -> bool:
-    """Whether ``path`` is what a process left that was killed inside ``replace``."""
-    return path.name.startswith(_PARTIAL)
-
-
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keep out others who call this on ``folder``, where the system can lock one; remove what killed ones left half.
@@ -66,7 +61,7 @@ def hold(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor)
-        for path in filter(is_partial, folder.iterdir()):
+        for path in folder.glob(_PARTIAL + "*"):
             path.unlink(missing_ok=True)
         yield
     finally:
