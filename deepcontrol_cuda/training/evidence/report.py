@@ -13,7 +13,7 @@ from . import claims, pictures, text
 from .analysis import Analysis, Sweep
 from .claims import Claim
 from .costs import Cost
-from .intervals import difference, trained
+from .intervals import Estimate, difference, trained
 from .records import Records
 from .tasks import TASKS
 
@@ -54,7 +54,7 @@ def summary(records: Records) -> dict:
                 runs = analysis.cell(sweep, method, rate)
                 cells.append({
                     **asdict(sweep), "method": method, "learning_rate": rate,
-                    **asdict(analysis.estimate(sweep, method, rate)),
+                    **_rounded(analysis.estimate(sweep, method, rate)),
                     "trained": sum(map(trained, runs)), "diverged": sum(run.accuracy is None for run in runs),
                 })  # fmt: skip
     return {
@@ -64,6 +64,11 @@ def summary(records: Records) -> dict:
         "cells": cells,
         "costs": {task: [asdict(cost) for cost in costs] for task, costs in records.costs.items()},
     }
+
+
+def _rounded(estimate: Estimate) -> dict[str, float | int | None]:
+    # Far below what can be told apart, and above what versions of SciPy disagree on.
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(estimate).items()}
 
 
 def claims_table(found: list[Claim]) -> str:

@@ -25,10 +25,10 @@ CLAIMS = f"""\
 *holds*: what is claimed to be higher or lower is, by the {CONFIDENCE:.0%} interval of the difference; *does not \
 hold*: by the same interval it is the other way round; *undecided*: the interval contains zero. Claims about learning \
 rates hold or not by the definitions below, without an interval. "within Batch Norm's interval or above", at each \
-learning rate above the largest stable one of no norm: all seeds trained, and their mean is not below the lower end of \
-that interval; learning rates at which Batch Norm did not train with all seeds are not counted. "against" is against \
-Batch Norm, or what the claim names. A best learning rate at *the edge of the grid* may not be the best there is. \
-Every interval stands alone: of so many at {CONFIDENCE:.0%} some miss by chance."""
+learning rate above the largest stable one of no norm (at all, if it has none): all seeds trained, and their mean is \
+not below the lower end of that interval; learning rates at which Batch Norm did not train with all seeds are not \
+counted. "against" is against Batch Norm, or what the claim names. A best learning rate at *the edge of the grid* may \
+not be the best there is. Every interval stands alone: of so many at {CONFIDENCE:.0%} some miss by chance."""
 
 _RUNS = f"""\
 Every run is alike but for method, learning rate, batch size and seed: SGD with momentum {MOMENTUM:g}, the learning \
