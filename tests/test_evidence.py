@@ -30,10 +30,12 @@ from deepcontrol_cuda.training.evidence import (
     report,
     runs,
     shapes,
+    tasks,
     workers,
 )
 from deepcontrol_cuda.training.evidence.plan import Setting
 
+DOCS = Path(__file__).parents[1] / "docs"
 SETTING = Setting("digits", "mean_shift_rejection", 32, 0.05, 96, 0)
 QUICK = ["--quick", "--tasks", "digits", "--seeds", "1", "--jobs", "1"]
 
@@ -363,3 +365,19 @@ def test_report_tells_failed_runs():
     assert cells[1].startswith("0.810 ± 0.0")
     assert cells[2].endswith("1 of 3 not trained")
     assert cells[3:] == ["diverged", "diverged"]
+
+
+def test_the_committed_report_is_what_its_data_give():
+    results = DOCS / "evidence" / "results.jsonl"
+    assert results.stat().st_size < 1 << 20
+    kept = records.read(results)
+    assert not kept.notes
+    assert kept.complete
+    assert (DOCS / "evidence.md").read_text() == report.markdown(kept)
+    assert json.loads((DOCS / "evidence" / "summary.json").read_text()) == report.summary(kept)
+    assert {s.seed for s in kept.plan} >= set(range(5))
+    assert {s.batch_size for s in kept.plan} == {1, 2, 8, 32, 128}
+    assert {0.01, 1.6} <= {s.learning_rate for s in kept.plan}
+    assert {s.task for s in kept.plan} == set(tasks.TASKS)
+    for picture in (DOCS / "evidence").glob("*.png"):
+        assert f"](evidence/{picture.name})" in (DOCS / "evidence.md").read_text()
