@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 import signal
 import statistics
@@ -36,6 +37,7 @@ from deepcontrol_cuda.training.evidence import (
 from deepcontrol_cuda.training.evidence.plan import Setting
 
 DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("digits", "mean_shift_rejection", 32, 0.05, 96, 0)
 QUICK = ["--quick", "--tasks", "digits", "--seeds", "1", "--jobs", "1"]
 
@@ -381,3 +383,21 @@ def test_the_committed_report_is_what_its_data_give():
     assert {s.task for s in kept.plan} == set(tasks.TASKS)
     for picture in (DOCS / "evidence").glob("*.png"):
         assert f"](evidence/{picture.name})" in (DOCS / "evidence.md").read_text()
+
+
+def test_the_committed_report_is_what_the_committed_data_say():
+    docs = ROOT / "docs"
+    read = records.read(docs / "evidence" / "results.jsonl")
+    assert read.complete
+    assert not read.notes
+    assert (docs / "evidence.md").read_text() == report.markdown(read)
+    assert json.loads((docs / "evidence" / "summary.json").read_text()) == report.summary(read)
+
+
+def test_numbers_of_the_readme_are_those_of_the_report():
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Which method when")[2].partition("\n## ")[0]
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    numbers = re.findall(r"0\.\d{3}(?: ± 0\.\d{3})?", section)
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in evidence] == []
