@@ -385,15 +385,6 @@ def test_the_committed_report_is_what_its_data_give():
         assert f"](evidence/{picture.name})" in (DOCS / "evidence.md").read_text()
 
 
-def test_the_committed_report_is_what_the_committed_data_say():
-    docs = ROOT / "docs"
-    read = records.read(docs / "evidence" / "results.jsonl")
-    assert read.complete
-    assert not read.notes
-    assert (docs / "evidence.md").read_text() == report.markdown(read)
-    assert json.loads((docs / "evidence" / "summary.json").read_text()) == report.summary(read)
-
-
 def test_numbers_of_the_readme_are_those_of_the_report():
     text = (ROOT / "README.md").read_text()
     section = text.partition("## Which method when")[2].partition("\n## ")[0]
