@@ -36,8 +36,8 @@ from deepcontrol_cuda.training.evidence import (
 )
 from deepcontrol_cuda.training.evidence.plan import Setting
 
-DOCS = Path(__file__).parents[1] / "docs"
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 SETTING = Setting("digits", "mean_shift_rejection", 32, 0.05, 96, 0)
 QUICK = ["--quick", "--tasks", "digits", "--seeds", "1", "--jobs", "1"]
 
