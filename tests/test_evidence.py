@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import re
 import resource
 import signal
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,16 +192,21 @@ def test_wrong_options_are_explained(tmp_path, capsys):
     assert "--output: cannot write into" in capsys.readouterr().err
 
 
-def test_a_setting_gives_the_same_run_again_also_in_other_processes():
+def test_a_setting_gives_the_same_run_again_also_in_other_processes_which_end_when_told():
     state = torch.get_rng_state()
     first = runs.train(SETTING)
     assert torch.equal(torch.get_rng_state(), state)
     other = replace(SETTING, seed=1)
     torch.manual_seed(5)
-    assert {run.setting: run for run in workers.run([SETTING, other], jobs=2)} == {
-        SETTING: first,
-        other: runs.train(other),
-    }
+    endless = replace(SETTING, images=10**7)
+    done = workers.run([SETTING, other, endless], jobs=2)
+    assert {run.setting: run for run in (next(done), next(done))} == {SETTING: first, other: runs.train(other)}
+    # What an interruption does; the endless run would take hours.
+    done.close()
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()
     assert first.final_loss != runs.train(other).final_loss
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -75,8 +76,12 @@ def _measure(records: Records, file: File, tasks: list[str], quick: bool, jobs: 
     kept = len(records.plan) - len(settings)
     if kept:
         print(f"{kept} of {len(records.plan)} runs are there already", file=sys.stderr)
-    with tqdm(total=sum(s.steps for s in settings), unit="step", desc="training", dynamic_ncols=True) as bar:
-        for run in workers.run(settings, jobs):
+    steps = sum(setting.steps for setting in settings)
+    with (
+        tqdm(total=steps, unit="step", desc="training", dynamic_ncols=True) as bar,
+        closing(workers.run(settings, jobs)) as done,
+    ):
+        for run in done:
             file.add_run(run)
             records.add(run)
             bar.set_description(str(run.setting))

@@ -16,6 +16,8 @@ from .runs import Run, train
 def run(settings: list[Setting], jobs: int) -> Iterator[Run]:
     """Each run as it ends, in any order. With one job they are done here, one after the other.
 
+    Closed early, as by Ctrl-C, it stops the runs that have not ended.
+
     Raises:
         TrainingError: the system ended a process.
     """
@@ -24,17 +26,23 @@ def run(settings: list[Setting], jobs: int) -> Iterator[Run]:
         return
     # Not forked: the threads of torch would not be in the copies.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, len(settings)), context, initializer=_ignore_interrupts)
     try:
         for future in as_completed([pool.submit(train, setting) for setting in settings]):
             yield future.result()
+        pool.shutdown()
     except BrokenProcessPool as error:
         raise TrainingError(
             "the system ended a process, perhaps for want of memory; try fewer --jobs. The same command goes on from "
             "the runs that ended"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Nobody wants what is still running. Were it waited for, a second Ctrl-C would interrupt the waiting and leave
+        # processes that the end of Python waits for without end.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:
