@@ -37,11 +37,15 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
         The names of the layers that were set, in the order of calls.
 
     Raises:
+        TypeError: ``batch`` holds tuples or lists.
         ValueError: no layer was called that has a learned gain, or an output is not finite. After any error the gains
             are as they were.
     """
     model = getattr(model, "_orig_mod", model)  # hooks inside a compiled graph would not be called
     names = {module: name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    if any(isinstance(part, (tuple, list)) for part in parts):
+        raise TypeError("batch: got pairs, as of a data loader, wanted the model's argument or arguments: images alone")
     before: dict[nn.Parameter, Tensor] = {}
     training = {module: module.training for module in model.modules()}
     done: list[str] = []

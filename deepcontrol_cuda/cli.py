@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evidence.add_argument("--seeds", type=int, default=5, help="runs of each setting (default: 5)")
     evidence.set_defaults(run=_evidence)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:  # the commands say more once they have begun
+        return _fail("interrupted before anything was done")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -71,7 +74,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     if missing := _missing():
-        return _fail(f"the demo needs {missing}: pip install deepcontrol_cuda[train]")
+        return _fail(f"the demo needs {missing}: in the checkout, pip install --no-build-isolation '.[train]'")
     output: Path = options.output
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     if missing := _missing():
-        return _fail(f"training needs {missing}: pip install deepcontrol_cuda[train]")
+        return _fail(f"training needs {missing}: in the checkout, pip install --no-build-isolation '.[train]'")
     from .training.errors import TrainingError
     from .training.trainer import Machine, default_output, train
 
@@ -101,14 +104,12 @@ def _train(options: argparse.Namespace) -> int:
         train(given, machine, options.output or default_output(given), options.resume)
     except TrainingError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted before the first step")
     return 0
 
 
 def _evidence(options: argparse.Namespace) -> int:
     if missing := _missing():
-        return _fail(f"the evidence needs {missing}: pip install deepcontrol_cuda[train]")
+        return _fail(f"the evidence needs {missing}: in the checkout, pip install --no-build-isolation '.[train]'")
     from .training.errors import TrainingError
     from .training.evidence import command
 

@@ -347,8 +347,8 @@ def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int) -> None
         raise ValueError(f"groups: got {groups!r}, wanted a positive divisor of the {weight.shape[0]} filters")
     if weight.shape[1] * groups != input.shape[1]:
         raise ValueError(
-            f"weight: got {weight.shape[1]} input channels a group and {groups} groups, "
-            f"wanted {weight.shape[1]} * {groups} = {input.shape[1]}, the channels of input"
+            f"weight: got {weight.shape[1]} input channels a group and {groups} groups, so "
+            f"{weight.shape[1] * groups}, wanted {input.shape[1]}, the channels of input"
         )
 
 

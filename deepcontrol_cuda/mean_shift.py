@@ -172,6 +172,8 @@ def spatial_kernels(model: nn.Module, input_convolution: bool = False) -> list[P
     Source: arXiv 1911.13173; ``trainer.py`` and ``ResnetBiasScaling.py`` of the authors' code
     (taylorkangbeck/mean-shift-rejection).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     weights = {id(w): w for m in convolutions if (w := m._parameters.get("weight")) is not None and w.requires_grad}
     for index, module in enumerate(convolutions):
@@ -221,6 +223,8 @@ def _has_taps(tensor: Tensor) -> bool:
 def _distinct(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """Each once: layers may share a kernel."""
     found = {}
+    if isinstance(parameters, nn.Module):
+        raise TypeError(f"parameters: got the module {type(parameters).__name__}, wanted its parameters()")
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters: got {type(parameter).__name__}, wanted tensors")
@@ -264,6 +268,8 @@ def _project(tensors: list[Tensor], weight: float) -> None:
 
 
 def _checked_scope(scope: Iterable[Parameter], optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    if isinstance(scope, nn.Module):
+        raise TypeError(f"scope: got the module {type(scope).__name__}, wanted kernels: spatial_kernels(model)")
     held = {id(p) for p in _held(optimizer)}
     kernels = {}
     for kernel in scope:

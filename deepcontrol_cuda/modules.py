@@ -235,7 +235,8 @@ _CONV_DOC = """Convolution with Deep Control: drop-in for ``torch.nn.Conv{rank}d
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in
             ``torch.nn.Conv{rank}d``; the kernel is initialised like it.
         gain: learn a gain (initially 1); False fixes it at 1.
-        mean_scale: True learns it (initially 1); a float fixes it, 0.0 leaves the mean in; False fixes 1.
+        mean_scale: True learns it (initially 1); a float fixes it, 0.0 leaves the mean in; False fixes 1. Of a map of
+            one pixel, which is its own mean, nothing is left at 1: take 0.0 there.
         shared: one gain and one mean_scale for the whole layer in place of one a filter.
         activation, negative_slope, projection, backend: as in ``functional.deep_control_conv{rank}d``.
 
@@ -384,7 +385,10 @@ class MeanShiftConv3d(_MeanShiftConv, nn.Conv3d):
 
 
 class MapNoise(nn.Module):
-    """``functional.map_noise`` in training, the identity in evaluation.
+    """Scales every map of every sample by a draw of its own from U(1 - scale, 1 + scale), in training only.
+
+    ``functional.map_noise``; in evaluation the identity. Mean Shift Rejection has it at the input of each residual
+    block, ahead of the split (arXiv 1911.13173, abstract; the authors' code, taylorkangbeck/mean-shift-rejection).
 
     Args:
         scale, shift: as in ``functional.map_noise``.

@@ -104,7 +104,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path, capsys):
     assert cli.main(["demo", "--output", str(tmp_path / "report")]) == 1
     error = capsys.readouterr().err
     assert "scikit-learn" in error
-    assert "pip install deepcontrol_cuda[train]" in error
+    assert "pip install --no-build-isolation '.[train]'" in error
 
 
 def test_info(capsys):

@@ -315,6 +315,15 @@ def test_claim_where_none_fails_wants_both_to_train():
     assert verdicts({"none": NONE, "batch_norm": failing, "deep_control": ours})[key] == "holds"
 
 
+def test_runs_of_some_methods_are_enough_for_a_report(folder):
+    """Wherever the command is stopped: every part of a file, from the beginning, has a report."""
+    found = list(records.read(folder / "evidence" / "results.jsonl").runs.values())
+    more = made_up({"none": NONE, "batch_norm": NORM, "deep_control": NORM, "mean_shift_rejection": NORM})
+    for made in (found, more):
+        for count in range(len(made) + 1):
+            assert "## Claims" in report.markdown(records_of(made[:count]))
+
+
 def test_claims_of_small_batches_take_the_best_learning_rates():
     accuracies = {"batch_norm": {0.01: [0.5, 0.51, 0.5], 0.02: [0.7, 0.71, 0.7]}}
     for ours, verdict in (

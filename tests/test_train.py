@@ -678,4 +678,4 @@ def test_learning_rates():
 def test_missing_package_is_named(monkeypatch, tmp_path, capsys):
     find = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "PIL" else find(name))
-    assert "training needs pillow: pip install deepcontrol_cuda[train]" in failure(capsys, tmp_path / "run")
+    assert "training needs pillow: in the checkout, pip install" in failure(capsys, tmp_path / "run")

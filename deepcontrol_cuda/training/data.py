@@ -135,7 +135,7 @@ def load(name: str, path: Path | None, image_size: int = 224, workers: int = 0) 
             raise TrainingError(f"--data {path}: digits come with scikit-learn; leave it out, or name a --dataset")
         return digits()
     if path is None:
-        raise TrainingError(f"--dataset {name} wants --data PATH, where it lies")
+        raise TrainingError(f"--dataset {name} wants --data PATH, where the data is")
     if not path.exists():
         raise TrainingError(f"--data: {path} does not exist")
     if name == "imagefolder":

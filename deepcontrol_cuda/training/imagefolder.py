@@ -121,7 +121,7 @@ class ImageFiles(Dataset):
                     image.convert("RGB"), None if seed is None else random.Random(derive(seed, index))
                 )
         except Exception as error:  # decoders raise what they like
-            return f"{file} cannot be read as an image: {error}; mend or remove it, and its run can be resumed"
+            return f"{file} cannot be read as an image: {error}; replace or remove it"
         return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
 
     def _square(self, image: Image.Image, draws: random.Random | None) -> np.ndarray:

@@ -227,7 +227,7 @@ class _Trainer:
                     self.log.say(
                         f"note: {name} was {before.get(name)}, is {after.get(name)}: bits may come out otherwise"
                     )
-            self.log.say(f"resumed behind epoch {self.epoch}")
+            self.log.say(f"resumed after epoch {self.epoch}")
         self.log.add(
             "start" if saved is None else "resume", epoch=self.epoch, settings=asdict(self.settings), conditions=now,
             data=str(self.data), **shared, time=time.strftime("%Y-%m-%d %H:%M:%S %z"),

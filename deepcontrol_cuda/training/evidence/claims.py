@@ -62,6 +62,8 @@ def decide(over: Estimate) -> str:
 def _where_none_fails(analysis: Analysis, sweep: Sweep, method: str) -> Claim:
     holds, numbers = [], []
     for rate in analysis.unstable_rates(sweep, "none"):
+        if not (analysis.cell(sweep, method, rate) and analysis.cell(sweep, "batch_norm", rate)):
+            continue
         ours, theirs = analysis.estimate(sweep, method, rate), analysis.estimate(sweep, "batch_norm", rate)
         comparison = f"{rate:g}: {ours} against {theirs}"
         if not analysis.all_trained(sweep, "batch_norm", rate):
