@@ -148,9 +148,10 @@ class DeepControl3d(_DeepControl):
 
 
 class _FusedConv:
-    """What all fused convolutions add to ``torch.nn.Conv1d/2d/3d``; the bias is added behind the gain."""
+    """What all fused convolutions add to ``torch.nn.Conv1d/2d/3d``; the bias is added behind the gain.
 
-    _functional = None
+    ``_functional`` is the op, ``_gain_and_mean_scale()`` gives its second and third vector.
+    """
 
     def __init__(
         self, *geometry, activation: str, negative_slope: float, projection: float, backend: str | None, **options
@@ -163,9 +164,6 @@ class _FusedConv:
         self.negative_slope = negative_slope
         self.projection = projection
         self.backend = backend
-
-    def _gain_and_mean_scale(self) -> tuple[Tensor | None, Tensor | float]:
-        raise NotImplementedError
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         padding = self.padding

@@ -21,8 +21,6 @@ from conftest import ROOT
 from deepcontrol_cuda import cli, reference
 from deepcontrol_cuda.training import distributed
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
-
 # All is computed in float64; Adam divides small gradients by their own size, and with them their rounding.
 _BUDGET = 1e-12
 _SECONDS = 90

@@ -7,7 +7,6 @@ between epochs needs no state of a generator: an epoch that is done again after 
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
@@ -242,10 +241,8 @@ class _Trainer:
         """Let go of the terminal and of the other processes."""
         self.log.close()
         if self.ranks.world_size > 1:
-            # What DDP holds of the process group must be gone before the group: freed behind it, gloo's threads and
-            # this one may wait for each other.
+            # As ``distributed.finish`` wants it.
             self.module = self.forward = self.model = self.optimizer = None
-            gc.collect()
 
     def fit(self, saved: dict[str, Any] | None) -> None:
         """Train to the end."""
