@@ -50,7 +50,7 @@ def losses(runs: list[Run]) -> bytes:
     diverged = f"diverged (cut at {_HIGHEST_LOSS:g})"
     handles.append(Line2D([], [], color="black", linestyle="", marker="x", label=diverged))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def layers(timings: list[Timing]) -> bytes:
@@ -74,7 +74,7 @@ def layers(timings: list[Timing]) -> bytes:
         panel.margins(y=0.12)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(LAYERS), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def curves(title: str, epochs: list[dict[str, Any]]) -> bytes:
@@ -93,12 +93,13 @@ def curves(title: str, epochs: list[dict[str, Any]]) -> bytes:
         panel.grid(alpha=0.25)
         panel.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = _DPI) -> bytes:
+    """The file of ``figure``; equal data give equal bytes, as neither date nor version is in it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, format="png")
+    figure.savefig(buffer, dpi=dpi, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 
 from matplotlib.figure import Figure
 
 from ..methods import METHODS
+from ..pictures import png
 from .analysis import Analysis
 from .intervals import CONFIDENCE
 from .plan import MEAN_SHIFT_METHODS
@@ -39,7 +39,7 @@ def learning_rates(analysis: Analysis) -> bytes:
         panel.set_title(f"{sweep.task}, batch size {sweep.batch_size}", fontsize=10)
         _axes(panel, "learning rate", analysis.rates(sweep))
     _legend(figure)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def batch_sizes(analysis: Analysis) -> bytes:
@@ -53,7 +53,7 @@ def batch_sizes(analysis: Analysis) -> bytes:
         panel.set_title(f"{task}, each method at its best learning rate", fontsize=10)
         _axes(panel, "batch size", [sweep.batch_size for sweep in sweeps])
     _legend(figure)
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def mean_shift(analysis: Analysis, task: str) -> bytes:
@@ -76,7 +76,7 @@ def mean_shift(analysis: Analysis, task: str) -> bytes:
         panel.set_xlabel("step")
     panels[0].set_ylabel("layer, in the order of calls")
     figure.colorbar(picture, ax=panels, label="mean of |mean of map| / rms of map")
-    return _png(figure)
+    return png(figure, _DPI)
 
 
 def _line(panel, places: list, estimates: list, method: str) -> None:
@@ -101,10 +101,3 @@ def _axes(panel, label: str, places: list) -> None:
 def _legend(figure: Figure) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No date and no version, so that equal data give equal bytes.
-    figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
-    return buffer.getvalue()
