@@ -105,10 +105,13 @@ class Values {
   explicit operator bool() const { return present_; }
 
   // `magnitude`: of the terms whose rounding errors the value holds.
-  void expect(int64_t i, double wanted, double magnitude = 1) const {
+  void expect(int64_t i, double wanted, double magnitude = 1) const { expect(i, wanted, magnitude, dtype_); }
+
+  // `computed`: the dtype of what the value was computed from, where that is the less precise.
+  void expect(int64_t i, double wanted, double magnitude, Dtype computed) const {
     if (!present_) return;
     constexpr double steps[] = {1e-4, 1e-10, 0x1p-7, 0x1p-9};  // in the order of Dtype
-    const double step = steps[int(dtype_)];
+    const double step = steps[int(computed)];
     const double got = (*this)[i];
     if (std::abs(got - wanted) <= step * std::max(magnitude, std::abs(wanted))) return;
     std::fprintf(stderr, "%s: %s[%ld] is %g, wanted %g\n", current.c_str(), name_, long(i), got, wanted);
@@ -475,7 +478,7 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
     for (int64_t row = 0; row < rows; ++row) {
       sum += dz[row * filters + i / channels] * input[row * channels + i % channels];
     }
-    grad_weight.expect(i, sum, rows);
+    grad_weight.expect(i, sum, rows, dtype);
   }
 }
 
