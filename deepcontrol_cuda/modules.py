@@ -100,16 +100,29 @@ class _DeepControl(nn.Module):
         _reset_control(self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if input.dim() != self.spatial_rank + 2 or input.shape[1] != self.num_features:
+        vectors = self.spatial_rank == 1 and input.dim() == 2
+        if (not vectors and input.dim() != self.spatial_rank + 2) or not self._fits(input):
             raise ValueError(
                 f"input: got shape {tuple(input.shape)}, "
                 f"wanted (N, {self.num_features}, *spatial) with {self.spatial_rank} spatial dimensions"
             )
         mean_scale = self.mean_scale if self.fixed_mean_scale is None else self.fixed_mean_scale
-        return functional.deep_control(
+        if vectors:
+            if self.fixed_mean_scale != 0.0:
+                raise ValueError(
+                    f"input: got shape {tuple(input.shape)}, but vectors have no map whose mean could be taken; wanted "
+                    f"(N, {self.num_features}, L), or a layer made with mean_scale=0.0"
+                )
+            input, residual = input.unsqueeze(-1), None if residual is None else residual.unsqueeze(-1)
+        output = functional.deep_control(
             input, self.gain, mean_scale, self.bias, residual=residual, activation=self.activation,
             negative_slope=self.negative_slope, backend=self.backend,
         )  # fmt: skip
+        return output.squeeze(-1) if vectors else output
+
+    def _fits(self, input: Tensor) -> bool:
+        # While tracing, sizes are tensors, and comparing one makes a constant of it and warns.
+        return torch.jit.is_tracing() or input.shape[1] == self.num_features
 
     def extra_repr(self) -> str:
         return f"{self.num_features}" + ("" if self.bias is not None else ", bias=False") + _control_repr(self)
