@@ -128,7 +128,7 @@ class _DeepControl(nn.Module):
         return f"{self.num_features}" + ("" if self.bias is not None else ", bias=False") + _control_repr(self)
 
 
-_NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{rank}d`` on maps, behind any layer.
+_NORM_DOC = """Deep Control of maps: drop-in for ``torch.nn.BatchNorm{rank}d`` on maps, behind any layer.
 
     ``act(gain * (input - mean_scale * mean(input)) + bias + residual)``; the mean is per sample and per map, so there
     are no running statistics and no difference between training and evaluation (arXiv 1706.03907, abstract).
@@ -146,7 +146,7 @@ _NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{ra
 
 
 class DeepControl1d(_DeepControl):
-    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L)")
+    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L), and with a mean_scale of 0.0 (N, C) too")
     spatial_rank = 1
 
 
