@@ -173,7 +173,15 @@ def test_aot_inductor_compiles_plain_layers_and_calls_our_ops(tmp_path):
     net.requires_grad_(False)
     program = export(net)
     assert our_ops(program) == {"deepcontrol.center.default"}
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+    # Fewer compilations: of headers, of optimized glue and of trials which vector instructions there are.
+    quick = {
+        "aot_inductor.precompile_headers": False,
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "cpp.vec_isa_ok": True,
+    }
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "net.pt2"), inductor_configs=quick
+    )
     run = torch._inductor.aoti_load_package(package)
     for x in (EXAMPLE, *OTHERS):
         got = run(x)
