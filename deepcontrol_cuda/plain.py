@@ -66,9 +66,9 @@ def to_reference(model: nn.Module, fold: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("model: got the result of torch.compile, wanted the module that was compiled")
     for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise TypeError(f"{name or 'model'}: got what torch.compile returned, wanted the module that it was given")
         if isinstance(module, _LAYERS):
             _check(name or "model", module)
     model = copy.deepcopy(model)

@@ -338,7 +338,7 @@ class Derived(dc.MeanShiftConv2d):
 
 REFUSED = {
     "not-a-module": (lambda: 3, TypeError, "model: got int, wanted a torch.nn.Module"),
-    "compiled": (lambda: torch.compile(make("msr2d")), TypeError, "torch.compile, wanted the module that was compiled"),
+    "compiled": (lambda: torch.compile(make("msr2d")), TypeError, "model: got what torch.compile returned"),
     "hooks": (lambda: nn.Sequential(with_hook(make("conv2d"))), ValueError, "^0: has hooks"),
     "forward": (lambda: with_forward(make("conv2d")), ValueError, "model: has a forward of its own"),
     "child": (lambda: with_child(make("conv2d")), ValueError, "model: has extra registered on it"),
