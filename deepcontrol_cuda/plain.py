@@ -343,9 +343,7 @@ class _Noise(nn.Module):
 
 def _uniform(centre: float, width: float) -> nn.RReLU:
     """On minus ones: minus draws from U(centre - width, centre + width) in training, minus ``centre`` in evaluation."""
-    upper = centre + width
-    # The two ends add up to 2 * centre exactly.
-    return nn.RReLU(2 * centre - upper, upper)
+    return nn.RReLU(centre - width, centre + width)
 
 
 def _draw(uniform: nn.RReLU, like: Tensor, *size: int) -> Tensor:

@@ -29,7 +29,10 @@ LAYERS = {
     "conv1d": (partial(dc.DeepControlConv1d, 4, 6, 3, stride=2, groups=2, activation="gelu"), X1),
     "conv2d": (partial(dc.DeepControlConv2d, 4, 6, (3, 2), padding=(1, 0), projection=0.7, activation="relu"), X2),
     "conv2d-same-fixed": (partial(dc.DeepControlConv2d, 4, 4, 2, padding="same", mean_scale=0.3, gain=False), X2),
-    "conv2d-no-mean": (partial(dc.DeepControlConv2d, 4, 6, 3, mean_scale=0.0, activation="leaky_relu"), X2),
+    "conv2d-no-mean": (
+        partial(dc.DeepControlConv2d, 4, 6, 3, mean_scale=0.0, activation="leaky_relu", negative_slope=0.2),
+        X2,
+    ),
     "conv2d-no-bias": (partial(dc.DeepControlConv2d, 4, 6, 1, bias=False, activation="hardswish"), X2),
     "conv3d-shared": (partial(dc.DeepControlConv3d, 4, 2, 2, dilation=2, shared=True, activation="silu"), X3),
     "msr1d": (partial(dc.MeanShiftConv1d, 4, 6, 3, padding=1, padding_mode="reflect", activation="relu"), X1),
@@ -131,10 +134,10 @@ def test_folded_values_are_the_layers(name, residual):
     "name", ["conv2d-no-mean", "msr1d", "msr2d", "msr2d-linear", "msr2d-no-scale", "msr3d", "conv1d"]
 )
 def test_folded_layer_without_a_mean_is_a_convolution_and_an_activation(name):
-    layer = make(name, torch.bfloat16).eval().requires_grad_(False)
+    layer = make(name, torch.bfloat16).eval()
     if name == "conv1d":
         nn.init.zeros_(layer.mean_scale)
-    layer.weight.requires_grad_()
+    layer.weight.requires_grad_(False)
     folded = dc.to_reference(nn.Sequential(layer), fold=True)[0]
     conv, *rest = folded if isinstance(folded, nn.Sequential) else [folded]
     assert type(conv) is getattr(nn, f"Conv{len(layer.kernel_size)}d")
@@ -143,7 +146,7 @@ def test_folded_layer_without_a_mean_is_a_convolution_and_an_activation(name):
         assert getattr(conv, option) == getattr(layer, option)
     for parameter in conv.parameters():
         assert parameter.dtype == torch.bfloat16
-        assert parameter.requires_grad == (parameter is conv.weight)
+        assert parameter.requires_grad == (parameter is not conv.weight)
     assert not any(module.training for module in folded.modules())
     kinds = {"leaky_relu": nn.LeakyReLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "hardswish": nn.Hardswish}
     assert [type(module) for module in rest] == ([kinds[layer.activation]] if layer.activation != "identity" else [])
@@ -202,7 +205,7 @@ class Selective(nn.Module):
         layer = partial(dc.MeanShiftConv2d, 4, 4, 1, activation="relu")
         self.without, self.with_one, self.with_none, self.shared = layer(), layer(), layer(), layer()
         self.listed = nn.ModuleList([layer(), layer()])
-        self.hidden = Hidden(layer())
+        self.hidden = Hidden(layer(), layer())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.with_none(self.with_one(self.without(x), x), residual=None)
@@ -210,9 +213,16 @@ class Selective(nn.Module):
         return self.hidden(self.shared(x, self.shared(x)))
 
 
-class Hidden(Caller):
+class Hidden(nn.Module):
+    def __init__(self, layer: nn.Module, held: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.holder = nn.Module()
+        self.holder.layer = held
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x, x if x.sum() > 0 else None)
+        residual = x if x.sum() > 0 else None
+        return self.holder.layer(self.layer(x, residual), residual)
 
 
 def test_only_layers_that_may_get_a_residual_take_one():
@@ -227,6 +237,7 @@ def test_only_layers_that_may_get_a_residual_take_one():
     assert plain.without[0].weight.shape == (4, 4, 1, 1)
     assert all(issubclass(kind, torch.fx.GraphModule) for kind in kinds.values())
     assert isinstance(plain.hidden.layer, torch.fx.GraphModule)
+    assert isinstance(plain.hidden.holder.layer, torch.fx.GraphModule)
 
 
 def test_shared_layers_and_tied_kernels_stay_so():
@@ -240,36 +251,31 @@ def test_shared_layers_and_tied_kernels_stay_so():
         assert_same({"output": plain(X2.double()).detach()}, {"output": net(X2.double()).detach()})
 
 
-def test_module_of_a_generated_class_gets_its_own_back():
-    class Residual(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.path = nn.Sequential(layer, nn.Identity())
-            self.relu = nn.ReLU()
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.relu = nn.ReLU()
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.relu(self.path(x) + x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.path(x) + x)
 
-    class Fused(Residual):
-        _original = Residual
-        _fused = ("path.0",)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.path[0](x, residual=x)
-
-    for layer in (make("msr2d-no-scale"), dc.DeepControlConv2d(4, 4, 3, padding=1, activation="relu").double()):
-        layer.activation = "relu"
-        net = nn.Sequential(Residual(layer))
-        net[0].__class__ = Fused
-        expected = net(X2.double()).detach()
-        for fold in (False, True):
-            plain = dc.to_reference(net, fold)
-            assert type(plain[0]) is Residual
-            assert is_plain(plain)
-            assert_same({"output": plain(X2.double()).detach()}, {"output": expected})
-        assert type(net[0]) is Fused
-        # The activation is the module's own again, so nothing but the convolution is left where no mean is taken.
-        assert (type(plain[0].path[0]) is nn.Conv2d) == isinstance(layer, dc.MeanShiftConv2d)
+@pytest.mark.parametrize("method", ["deep_control", "mean_shift_rejection"])
+@pytest.mark.parametrize("initialization", ["folded", "fresh"])
+def test_converted_block_gets_its_own_class_back(method, initialization):
+    net = dc.replace_conv_bn(nn.Sequential(Residual(), Residual()).double().eval(), method, initialization).model
+    assert type(net[0])._fused == ("path.0",), "else the converter has merged nothing, and nothing is shown here"
+    expected = {"output": net(X2.double()).detach()}
+    for fold in (False, True):
+        plain = dc.to_reference(net, fold)
+        assert [type(block) for block in plain] == [Residual, Residual]
+        assert is_plain(plain)
+        assert_same({"output": plain(X2.double()).detach()}, expected)
+    # The block adds and activates by itself again, so that where no mean is taken a convolution alone is left.
+    no_mean = initialization == "folded" or method == "mean_shift_rejection"
+    assert (type(plain[0].path[0]) is nn.Conv2d) == no_mean
+    assert type(net[0]) is not Residual
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (64, 32, 5), (64, 32, 3, 2)], ids=str)
