@@ -97,13 +97,16 @@ def test_exported_program_holds_the_ops_of_a_backend_asked_for(net, tmp_path, st
         assert_runs(loaded, net)
 
 
-def test_exported_program_trains_but_does_not_project():
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program_trains_but_does_not_project(strict):
     """All that the docs say of gradients: they are the layers' own, without projection."""
     net = nn.Sequential(dc.DeepControlConv2d(3, 4, 3, activation="silu"), dc.DeepControl2d(4)).double()
     program = torch.export.export(
         nn.Sequential(dc.DeepControlConv2d(3, 4, 3, activation="silu", projection=1.0), net[1]).double(),
         (EXAMPLE.double(),),
+        strict=strict,
     )
+    assert all(node.target.namespace == "aten" for node in program.graph.nodes if node.op == "call_function")
     exported = program.module()
     exported.load_state_dict(net.state_dict())
     for model in (net, exported):
