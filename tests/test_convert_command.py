@@ -14,7 +14,7 @@ from torch import nn
 
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import cli, files
-from deepcontrol_cuda.conversion import command
+from deepcontrol_cuda.conversion import command, layers
 from deepcontrol_cuda.training.threads import one_thread
 
 NETS = """
@@ -114,7 +114,7 @@ def refused(capsys, *messages: str, name: str = "out") -> None:
     assert not [path for path in Path.cwd().iterdir() if path.name.startswith((".partial", f"{name}."))]
 
 
-@pytest.mark.parametrize("method", command.METHODS)
+@pytest.mark.parametrize("method", layers.METHODS)
 @pytest.mark.parametrize("initialization", ["folded", "calibrated", "fresh"])
 def test_the_printed_lines_load_what_was_written(folder, capsys, method, initialization):
     model = trained()

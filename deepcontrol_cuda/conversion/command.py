@@ -23,15 +23,14 @@ from torch.utils._pytree import tree_leaves
 from .. import backends, files, modules
 from .._version import __version__
 from . import Report, replace_conv_bn
+from .layers import INITIALIZATIONS, METHODS
 from .sources import InputError, Source, load_weights, read_batch
 
-METHODS = ("deep_control", "mean_shift_rejection")
-INITIALIZATIONS = ("fresh", "folded", "calibrated")
 # Enough maps for a standard deviation, and a forward of them fits a small machine.
 _IMAGES = 64
 _IMAGE_SIZE = 224
 _ONNX_NEEDS = ("onnx", "onnxscript")
-_OURS = (modules._DeepControl, modules._DeepControlConv, modules._MeanShiftConv)
+_OURS = (modules._DeepControl, modules._FusedConv)
 
 
 @dataclass(frozen=True)
@@ -219,13 +218,15 @@ def _example(options: Options) -> Tensor | tuple | list | dict | None:
 
 def _nothing(options: Options, model: nn.Module, report: Report) -> str:
     """Why nothing was replaced."""
-    norms = [row for row in report.left if row.norm]
-    if options.select and not norms:
-        return f"--select {' '.join(options.select)}: {options.model} has no such norm to replace; nothing was written"
-    if norms:
-        return f"{report}\n\nnone of the {len(norms)} norms of {options.model} can be replaced; nothing was written"
+    if report.left:
+        return (
+            f"none of the {len(report.left)} norms of {options.model} can be replaced; nothing was written\n\n{report}"
+        )
     if any(isinstance(module, _OURS) for module in model.modules()):
-        return f"{options.model} is converted already: it has layers of deepcontrol_cuda and no Batch Norm; nothing was written"
+        return (
+            f"{options.model} is converted already: it has layers of deepcontrol_cuda and no Batch Norm; nothing was "
+            "written"
+        )
     return f"{options.model} has no Batch Norm, so there is nothing to replace; nothing was written"
 
 
@@ -247,7 +248,9 @@ def _arguments(example: Tensor | tuple | list | Mapping) -> tuple[tuple, dict[st
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
 
 
-def _checkpoint(options: Options, initialization: str, source: Source, report: Report, _: object) -> tuple[bytes, str]:
+def _checkpoint(
+    options: Options, initialization: str, source: Source, report: Report, example: object
+) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     content = {
         "state_dict": report.model.state_dict(),
@@ -260,10 +263,12 @@ def _checkpoint(options: Options, initialization: str, source: Source, report: R
     }
     torch.save(content, buffer)
     package, expression = source.code()
-    # Calibration changes numbers alone, and those are in the file.
-    arguments = [expression, repr(options.method), repr("fresh" if initialization == "calibrated" else initialization)]
+    arguments = [expression, repr(options.method), repr(initialization)]
     if options.select:
         arguments.append(f"select={options.select!r}")
+    if example is not None:
+        # Which layers there are depends on the sizes of maps, their values are in the file.
+        arguments.append(f"example={_code(example, most=2 if options.images else None)}")
     code = (
         f"import {package}, torch, deepcontrol_cuda as dc",
         f"model = dc.replace_conv_bn({', '.join(arguments)}).model",
@@ -282,7 +287,7 @@ def _program(options: Options, _: str, __: Source, report: Report, example: obje
     code = (
         "import torch",
         f"model = torch.export.load({str(options.out)!r}).module()",
-        f"output = model({_call(arguments, keywords)})",
+        f"output = model({'**' if keywords else '*'}{_code(keywords or arguments)})",
     )
     return buffer.getvalue(), "\n".join(code)
 
@@ -335,11 +340,16 @@ def _made(suffix: str) -> Iterator[None]:
         ) from error
 
 
-def _call(arguments: tuple, keywords: dict[str, Any]) -> str:
-    def tensor(value: Tensor) -> str:
-        return f"torch.zeros({tuple(value.shape)})"
-
-    return ", ".join([*map(tensor, arguments), *(f"{name}={tensor(value)}" for name, value in keywords.items())])
+def _code(value: Any, most: int | None = None) -> str:
+    """Python that makes tensors of the same sizes, of ``most`` samples."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_code(part, most)}" for name, part in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_code(part, most) for part in value)}]"
+    shape = tuple(value.shape if most is None else value[:most].shape)
+    if value.dtype == torch.float32:
+        return f"torch.randn({shape})"
+    return f"torch.zeros({shape}, dtype={value.dtype})"
 
 
 def _write(contents: dict[Path, tuple[bytes, str]], say: Callable[[str], object]) -> list[str]:
