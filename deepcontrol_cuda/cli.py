@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -161,10 +162,13 @@ def _evidence(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    given = vars(options)
+    arguments = conversion.Options(**{field.name: given[field.name] for field in fields(conversion.Options)})
     try:
-        print(
-            conversion.run(conversion.Options(**{f.name: getattr(options, f.name) for f in fields(conversion.Options)}))
-        )
+        with warnings.catch_warnings():
+            # Of the packages that build and export models to each other, about what will change in them.
+            warnings.simplefilter("ignore", FutureWarning)
+            print(conversion.run(arguments))
     except (conversion.Unwritten, sources.InputError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
+from bench.__main__ import main
 from deepcontrol_cuda.conversion import replace_conv_bn
 from deepcontrol_cuda.training import fine_tuning
 from deepcontrol_cuda.training.data import digits
@@ -80,3 +83,15 @@ def test_a_seed_gives_the_same_run_again_and_the_network_is_left_as_it_was(data,
     assert first == again
     assert first.losses != other.losses
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    assert main(["fine-tuning", "--quick", "--seeds", "2", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    (path,) = tmp_path.glob("*_fine-tuning.json")
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["seed"], run["network"]) for run in runs] == [(s, n) for s in (0, 1) for n in fine_tuning.NETWORKS]
+    for network in fine_tuning.NETWORKS:
+        row = next(line for line in out.splitlines() if network in line)
+        assert f"{mean(run['end'] for run in runs if run['network'] == network):.4f}" in row

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that ``Options`` has."""
     parser.add_argument(
         "--model", required=True, metavar="SPEC",
-        help="torchvision:NAME, timm:NAME, package.module:FUNCTION or path/file.py:FUNCTION, without arguments",
+        help="torchvision:NAME, timm:NAME, package.module:FUNCTION or path/file.py:FUNCTION; options follow the name: "
+        "'torchvision:resnet50(num_classes=10)'",
     )  # fmt: skip
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="state dict of the model with Batch Norm (.pt, .pth, .safetensors)"
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--example", type=_shape, metavar="N,C,H,W", help="shape of the model's argument, to count bytes and to export"
     )
-    parser.add_argument("--image-size", type=_side, metavar="S", help="short for --example 1,3,S,S; size of --images")
+    parser.add_argument("--image-size", type=_side, metavar="S", help="short for --example 2,3,S,S; size of --images")
     parser.add_argument(
         "--batch",
         type=Path,
@@ -154,7 +155,7 @@ def _check(options: Options, initialization: str) -> None:
             raise InputError(f"--out: got {options.out}, wanted a name that ends in {', '.join(_CONTENTS)}")
         if suffix in (".pt2", ".onnx") and not _has_example(options):
             raise InputError(
-                f"--out: {suffix} is made by running the model; add --example 1,3,224,224, or --batch FILE"
+                f"--out: {suffix} is made by running the model; add --image-size 224, --example N,C,H,W or --batch FILE"
             )
         lacking = [name for name in _ONNX_NEEDS if suffix == ".onnx" and importlib.util.find_spec(name) is None]
         if lacking:
@@ -212,7 +213,8 @@ def _example(options: Options) -> Tensor | tuple | list | dict | None:
             raise InputError(str(error)) from error
     shape = options.example
     if options.image_size is not None:
-        shape = (1, 3, options.image_size, options.image_size)
+        # Of one sample Batch Norm cannot train on maps of one pixel, nor exports keep the batch size open.
+        shape = (2, 3, options.image_size, options.image_size)
     return None if shape is None else torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -270,7 +272,7 @@ def _checkpoint(
         # Which layers there are depends on the sizes of maps, their values are in the file.
         arguments.append(f"example={_code(example, most=2 if options.images else None)}")
     code = (
-        f"import {package}, torch, deepcontrol_cuda as dc",
+        f"import torch, {package}, deepcontrol_cuda as dc",
         f"model = dc.replace_conv_bn({', '.join(arguments)}).model",
         f"model.load_state_dict(torch.load({str(options.out)!r}, weights_only=True)['state_dict'])",
     )
@@ -287,7 +289,7 @@ def _program(options: Options, _: str, __: Source, report: Report, example: obje
     code = (
         "import torch",
         f"model = torch.export.load({str(options.out)!r}).module()",
-        f"output = model({'**' if keywords else '*'}{_code(keywords or arguments)})",
+        f"output = model({', '.join([*map(_code, arguments), *(f'{k}={_code(v)}' for k, v in keywords.items())])})",
     )
     return buffer.getvalue(), "\n".join(code)
 
@@ -348,7 +350,7 @@ def _code(value: Any, most: int | None = None) -> str:
         return f"[{', '.join(_code(part, most) for part in value)}]"
     shape = tuple(value.shape if most is None else value[:most].shape)
     if value.dtype == torch.float32:
-        return f"torch.randn({shape})"
+        return f"torch.randn({', '.join(map(str, shape)) or '()'})"
     return f"torch.zeros({shape}, dtype={value.dtype})"
 
 

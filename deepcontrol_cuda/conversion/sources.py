@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +21,14 @@ import torch
 from torch import Tensor, nn
 
 FORMS = "torchvision:NAME, timm:NAME, package.module:FUNCTION or path/file.py:FUNCTION"
+_OPTIONS = "options follow it as (num_classes=10)"
+# Those that would fetch weights from a network.
+_FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_cfg")
 # Where training scripts keep the state dict inside a checkpoint, and what wrappers put in front of its keys.
 _NESTED = ("state_dict", "model", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+# The files of torchvision's DenseNets are older than its names.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _SHOWN = 3
 
 
@@ -34,14 +42,16 @@ class Source:
 
     place: str
     name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Source:
         """Raises ``InputError`` for a text of another form."""
-        place, colon, name = text.rpartition(":")
-        if not colon or not place or not name:
-            raise InputError(f"--model: got {text!r}, wanted {FORMS}")
-        return cls(place, name)
+        found = re.fullmatch(r"(timm|torchvision|.+):([^()]+?)(?:\((.*)\))?", text)
+        if found is None:
+            raise InputError(f"--model: got {text!r}, wanted {FORMS}; {_OPTIONS}")
+        place, name, options = found.groups()
+        return cls(place, name, _options(options or "", text))
 
     def build(self) -> nn.Module:
         """The model in training mode as its author starts it; nothing is downloaded.
@@ -49,11 +59,14 @@ class Source:
         Raises:
             InputError: the package or file cannot be imported, has no such name, or what it makes is no module.
         """
-        if self.place in ("torchvision", "timm"):
-            function = {"torchvision": _torchvision, "timm": _timm}[self.place](self.name)
+        if self.place == "torchvision":
+            builder = _torchvision(self.name)
+            function = partial(builder, **dict.fromkeys(_weight_options(builder)))
+        elif self.place == "timm":
+            function = partial(_timm().create_model, _timm_name(self.name), pretrained=False)
         else:
             function = self._function()
-        model = _call(function, f"{self.place}:{self.name}")
+        model = _call(lambda: function(**self.options), f"{self.place}:{self.name}")
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"--model: {self.name} of {self.place} returned {type(model).__name__}, wanted a torch.nn.Module"
@@ -61,21 +74,22 @@ class Source:
         return model
 
     def code(self) -> tuple[str, str]:
-        """Python: what to import, with commas, and an expression that makes the model again."""
+        """Python: a module to import, and an expression that makes the model again."""
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
         if self.place == "torchvision":
-            options = ", ".join(f"{option}=None" for option in _weight_options(_torchvision_builder(self.name)))
-            return "torchvision", f'torchvision.models.get_model("{self.name}", {options})'
+            weights = [f"{option}=None" for option in _weight_options(_torchvision(self.name))]
+            return "torchvision", f"torchvision.models.get_model({', '.join([repr(self.name), *weights, *options])})"
         if self.place == "timm":
-            return "timm", f'timm.create_model("{self.name}", pretrained=False)'
+            return "timm", f"timm.create_model({', '.join([repr(self.name), *options])})"
         if self._is_file:
-            return "runpy", f"runpy.run_path({self.place!r})[{self.name!r}]()"
-        return self.place, f"{self.place}.{self.name}()"
+            return "runpy", f"runpy.run_path({self.place!r})[{self.name!r}]({', '.join(options)})"
+        return self.place, f"{self.place}.{self.name}({', '.join(options)})"
 
     @property
     def _is_file(self) -> bool:
-        return self.place.endswith(".py") or "/" in self.place or "\\" in self.place
+        return self.place.endswith(".py")
 
-    def _function(self) -> Callable[[], object]:
+    def _function(self) -> Callable[..., object]:
         if self._is_file:
             if not Path(self.place).is_file():
                 raise InputError(f"--model: there is no file {self.place}")
@@ -88,17 +102,26 @@ class Source:
         if not callable(found[self.name]):
             raise InputError(
                 f"--model: {self.name} of {self.place} is a {type(found[self.name]).__name__}, "
-                "wanted a function or class that makes the model and takes no arguments"
+                "wanted a function or class that makes the model"
             )
         return found[self.name]
 
 
-def _torchvision(name: str) -> Callable[[], object]:
-    builder = _torchvision_builder(name)
-    return lambda: builder(**dict.fromkeys(_weight_options(builder)))
+def _options(text: str, model: str) -> dict[str, Any]:
+    """The keyword arguments in ``text``, numbers, strings and the like alone."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"--model: got {model!r}; {_OPTIONS}, with plain values") from error
+    if fetching := [name for name in options if name in _FETCHING]:
+        raise InputError(f"--model: got the option {fetching[0]}; nothing is downloaded, give --weights FILE")
+    return options
 
 
-def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
+def _torchvision(name: str) -> Callable[..., nn.Module]:
     models = _import("torchvision.models")
     if name not in models.list_models():
         raise InputError(f"--model: torchvision has no {name!r}{_nearest(name, models.list_models())}")
@@ -107,15 +130,19 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
 
 def _weight_options(builder: Callable) -> list[str]:
     """Those that would download something; detection and segmentation have a second one, and it is not None."""
-    return [name for name in inspect.signature(builder).parameters if name in ("weights", "weights_backbone")]
+    return [name for name in inspect.signature(builder).parameters if name in _FETCHING]
 
 
-def _timm(name: str) -> Callable[[], object]:
-    timm = _import("timm")
+def _timm() -> ModuleType:
+    return _import("timm")
+
+
+def _timm_name(name: str) -> str:
+    timm = _timm()
     # Names of other forms are those of files and of a hub.
     if not timm.is_model(name):
         raise InputError(f"--model: timm has no {name!r}{_nearest(name, timm.list_models())}")
-    return lambda: timm.create_model(name, pretrained=False)
+    return name
 
 
 def _import(name: str) -> ModuleType:
@@ -167,7 +194,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file cannot be read, or does not fit the model, which is then as it was.
     """
-    state = _without_prefix(_state_dict(_read(path, "--weights"), path), set(model.state_dict()))
+    wanted = set(model.state_dict())
+    state = _without_prefix(_state_dict(_read(path, "--weights"), path), wanted)
+    state = {key if key in wanted else _OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     _check_fit(model, state, path)
     model.load_state_dict(state, strict=False)
 
@@ -247,7 +276,7 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
         f"--weights: {path} is of another architecture than --model: {fitting} of the model's {len(wanted)} tensors "
         "are in it\n"
         + "\n".join(lines)
-        + "\n  a model with other options, as of classes, can be named as path/file.py:FUNCTION"
+        + "\n  a model of another size is named with its options, as torchvision:resnet50(num_classes=10)"
     )
 
 
