@@ -16,8 +16,10 @@ import deepcontrol_cuda as dc
 from deepcontrol_cuda import cli, files
 from deepcontrol_cuda.conversion import command, layers
 from deepcontrol_cuda.training.threads import one_thread
+from tests.torchvision_operators import define_missing
 
 NETS = """
+from collections import OrderedDict
 from pathlib import Path
 from torch import nn
 import deepcontrol_cuda as dc
@@ -50,6 +52,10 @@ class Two(nn.Module):
 
     def forward(self, image, factor):
         return self.norm(self.conv(image)) * factor
+
+def dense():
+    layers = {"norm1": nn.BatchNorm2d(3), "conv1": nn.Conv2d(3, 4, 1), "norm2": nn.BatchNorm2d(4)}
+    return nn.Sequential(OrderedDict(denselayer1=nn.Sequential(OrderedDict(layers))))
 
 def squeezed():
     return nn.Sequential(
@@ -193,6 +199,22 @@ def test_checkpoints_as_people_have_them(folder, capsys, wrap):
     assert torch.allclose(got.get_parameter("8.weight"), model.get_parameter("8.weight"), atol=1e-3)
 
 
+def test_old_files_of_densenets(folder, capsys):
+    state = {
+        f"denselayer1.{name}.{key}": torch.full((channels,), 2.0)
+        for name, channels in (("norm.1", 3), ("norm.2", 4))
+        for key in ("weight", "bias", "running_mean", "running_var")
+    }
+    torch.save(state | {"denselayer1.conv.1.weight": torch.ones(4, 3, 1, 1)}, "weights.pt")
+    assert convert("--weights", "weights.pt", "--out", "out.pt", model="some_nets.py:dense") == 1
+    assert "1 missing: denselayer1.conv1.bias" in capsys.readouterr().err
+    state |= {"denselayer1.conv.1.weight": torch.ones(4, 3, 1, 1), "denselayer1.conv.1.bias": torch.zeros(4)}
+    torch.save(state, "weights.pt")
+    assert convert("--weights", "weights.pt", "--out", "out.pt", model="some_nets.py:dense") == 0
+    loaded = run_code(capsys.readouterr().out, "model")
+    assert torch.allclose(loaded[0].norm1.gain, torch.full((3,), 2 / 2.00001**0.5))
+
+
 def test_safetensors(folder, capsys):
     safetensors = pytest.importorskip("safetensors.torch")
     model = trained()
@@ -273,7 +295,7 @@ def test_models_that_cannot_be_had_or_converted(folder, capsys, model, messages)
     [
         ([], ["--out", "--dry-run"]),
         (["--out", "out.h5"], ["got out.h5", ".pt, .pth, .pt2, .onnx"]),
-        (["--out", "out.pt2"], ["--out: .pt2 is made by running the model", "--example"]),
+        (["--out", "out.pt2"], ["--out: .pt2 is made by running the model", "--image-size"]),
         (["--out", "absent/out.pt"], ["--out: cannot write into", "No such file or directory"]),
         (["--out", "taken.pt"], ["taken.pt is no file but a folder"]),
         (["--out", "out.pt", "--report", "absent/r.json"], ["--report: cannot write into"]),
@@ -322,6 +344,21 @@ def test_a_full_disk_is_told(folder, capsys, monkeypatch):
         patch.setattr(files.os, "fsync", full)
         assert convert("--out", "out.pt") == 1
     refused(capsys, "cannot write", "No space left on device")
+
+
+def test_of_two_files_the_written_one_is_named(folder, capsys, monkeypatch):
+    replace = files.replace
+
+    def first_only(path, content):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        replace(path, content)
+
+    monkeypatch.setattr(files, "replace", first_only)
+    assert convert("--out", "out.pt", "--report", "report.json") == 1
+    assert capsys.readouterr().err.endswith("error: interrupted; report.json was not written, but out.pt was\n")
+    assert torch.load("out.pt", weights_only=True)["method"] == "deep_control"
+    assert not Path("report.json").exists()
 
 
 def test_a_link_stays_one(folder):
@@ -414,7 +451,7 @@ def test_what_cannot_be_exported_is_told(folder, capsys, monkeypatch):
 
 
 def test_a_model_of_torchvision(folder, capsys):
-    pytest.importorskip("torchvision_operators").define_missing()
+    define_missing()
     pytest.importorskip("torchvision")
     given = ("--out", "out.pt", "--initialization", "folded")
     assert convert(*given, model="torchvision:shufflenet_v2_x0_5(num_classes=7)") == 0
@@ -427,7 +464,7 @@ def test_a_model_of_torchvision(folder, capsys):
 
 
 def test_a_model_of_timm(folder, capsys):
-    pytest.importorskip("torchvision_operators").define_missing()
+    define_missing()
     pytest.importorskip("timm")
     assert convert("--dry-run", model="timm:resnet10t") == 0
     assert "BatchNormAct2d" not in capsys.readouterr().out

@@ -155,7 +155,7 @@ def _check(options: Options, initialization: str) -> None:
             raise InputError(f"--out: got {options.out}, wanted a name that ends in {', '.join(_CONTENTS)}")
         if suffix in (".pt2", ".onnx") and not _has_example(options):
             raise InputError(
-                f"--out: {suffix} is made by running the model; add --image-size 224, --example N,C,H,W or --batch FILE"
+                f"--out: {suffix} is made by running the model; add --image-size S, --example N,C,H,W or --batch FILE"
             )
         lacking = [name for name in _ONNX_NEEDS if suffix == ".onnx" and importlib.util.find_spec(name) is None]
         if lacking:
@@ -269,8 +269,8 @@ def _checkpoint(
     if options.select:
         arguments.append(f"select={options.select!r}")
     if example is not None:
-        # Which layers there are depends on the sizes of maps, their values are in the file.
-        arguments.append(f"example={_code(example, most=2 if options.images else None)}")
+        # Which layers there are depends on the sizes of maps, but not on how many samples there are.
+        arguments.append(f"example={_code(example[:2] if isinstance(example, Tensor) else example)}")
     code = (
         f"import torch, {package}, deepcontrol_cuda as dc",
         f"model = dc.replace_conv_bn({', '.join(arguments)}).model",
@@ -342,13 +342,13 @@ def _made(suffix: str) -> Iterator[None]:
         ) from error
 
 
-def _code(value: Any, most: int | None = None) -> str:
-    """Python that makes tensors of the same sizes, of ``most`` samples."""
+def _code(value: Any) -> str:
+    """Python that makes tensors of the same sizes."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name!r}: {_code(part, most)}" for name, part in value.items()) + "}"
+        return "{" + ", ".join(f"{name!r}: {_code(part)}" for name, part in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_code(part, most) for part in value)}]"
-    shape = tuple(value.shape if most is None else value[:most].shape)
+        return f"[{', '.join(map(_code, value))}]"
+    shape = tuple(value.shape)
     if value.dtype == torch.float32:
         return f"torch.randn({', '.join(map(str, shape)) or '()'})"
     return f"torch.zeros({shape}, dtype={value.dtype})"
@@ -362,9 +362,9 @@ def _write(contents: dict[Path, tuple[bytes, str]], say: Callable[[str], object]
         try:
             files.replace(path.resolve(), content)
         except (files.WriteError, KeyboardInterrupt) as error:
-            reason = str(error) or f"interrupted; what was at {path} before is whole"
-            done = ", ".join(str(other) for other in contents if other != path) if parts else ""
-            raise Unwritten(reason + (f"; {done} is written" if done else "")) from error
+            done = list(contents)[: len(parts)]
+            reason = str(error) or f"interrupted; {path} was not written"
+            raise Unwritten(", but ".join([reason, *(f"{other} was" for other in done)])) from error
         parts.append(f"{path}: written, {_size(len(content))}")
         if code:
             parts[-1] += f"; to load it:\n\n{textwrap.indent(code, '    ')}"

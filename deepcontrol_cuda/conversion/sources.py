@@ -93,18 +93,19 @@ class Source:
         if self._is_file:
             if not Path(self.place).is_file():
                 raise InputError(f"--model: there is no file {self.place}")
-            found = vars(_run(Path(self.place)))
+            module = _run(Path(self.place))
         else:
-            found = vars(_import(self.place))
-        names = {name for name, value in found.items() if callable(value) and not name.startswith("_")}
-        if self.name not in found:
+            module = _import(self.place)
+        names = [name for name in dir(module) if not name.startswith("_")]
+        if not hasattr(module, self.name):
             raise InputError(f"--model: {self.place} has no {self.name!r}{_nearest(self.name, names)}")
-        if not callable(found[self.name]):
+        found = getattr(module, self.name)
+        if not callable(found):
             raise InputError(
-                f"--model: {self.name} of {self.place} is a {type(found[self.name]).__name__}, "
-                "wanted a function or class that makes the model"
+                f"--model: {self.name} of {self.place} is a {type(found).__name__}, wanted a function or class that "
+                "makes the model"
             )
-        return found[self.name]
+        return found
 
 
 def _options(text: str, model: str) -> dict[str, Any]:
