@@ -98,11 +98,11 @@ def _would_do(backend: str | None, device: str) -> str:
     """What a typical layer gets on ``device``, from a backend or by itself."""
     if backend == "reference":
         return "plain PyTorch, on any device"
-    images = torch.empty(8, 64, 56, 56, device=device).to(memory_format=torch.channels_last)
-    weight = torch.empty(64, 64, 3, 3, device=device).to(memory_format=torch.channels_last)
     try:
+        images = torch.empty(8, 64, 56, 56, device=device, memory_format=torch.channels_last)
+        weight = torch.empty(64, 64, 3, 3, device=device, memory_format=torch.channels_last)
         found = backends.explain(images, backend, weight=weight, padding=1)
-    except RuntimeError as error:  # one is asked for that does not run there
+    except RuntimeError as error:  # one is asked for that does not run there, or the GPU is full
         return str(error)
     return (
         found.removeprefix(f"{backend}, ")
