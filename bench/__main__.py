@@ -15,7 +15,19 @@ import torch
 
 from deepcontrol_cuda import _ops, backends
 
-from . import fine_tuning, gpu, memory, overhead, peers, predict, projection, record, report, runner
+from . import (
+    fine_tuning,
+    gpu,
+    memory,
+    overhead,
+    peers,
+    predict,
+    projection,
+    record,
+    report,
+    runner,
+    training_step,
+)
 from .cases import SETS
 from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
 
@@ -84,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     projected.add_argument("--batch", type=_positive, default=8, help="default: 8")
     projected.add_argument("--size", type=_positive, default=224, help="pixels a side (default: 224)")
     projected.add_argument("--repeats", type=_repeats, default=15, help="default: 15")
+
+    stepped = command("training-step", _training_step, "time ResNet-50's step before and after replace_conv_bn", None)
+    stepped.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    stepped.add_argument(
+        "--models", nargs="+", choices=training_step.MODELS, help="default: all; Batch Norm always runs"
+    )
+    stepped.add_argument("--batch", type=_positive, default=8, help="default: 8")
+    stepped.add_argument("--size", type=_positive, default=224, help="pixels a side (default: 224)")
+    stepped.add_argument("--repeats", type=_repeats, default=15, help="default: 15")
 
     tuned = command("fine-tuning", _fine_tuning, "train converted networks on, over learning rates and seeds", None)
     tuned.add_argument("--seeds", type=_positive, default=5, help="default: 5")
@@ -237,6 +258,31 @@ def _projection(options: argparse.Namespace) -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _training_step(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
+    wanted = options.models or training_step.MODELS
+    names = tuple(n for n in training_step.MODELS if n in wanted or n == training_step.BATCH_NORM)
+    run = record.collect("training-step", batch=options.batch, size=options.size, repeats=options.repeats)
+    error = training_step.check(min(options.size, 64))
+    results = []
+    with tqdm(total=len(options.dtype) * options.repeats, unit="round", dynamic_ncols=True) as bar:
+        for dtype in options.dtype:
+            bar.set_description(dtype)
+            args = (dtype, options.batch, options.size, options.repeats, names, bar.update)
+            results.append(training_step.measure(*args))
+    verdicts = training_step.verdicts(results)
+    print(f"\nResNet-50, batch {options.batch}, {options.size} pixels a side\n\n{training_step.table(results)}\n")
+    print(f"{report.verdicts_table(verdicts)}\n")
+    written = {
+        "times_in": "seconds",
+        "error": error,
+        "results": [asdict(result) for result in results],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    print(f"Written to {record.write(run | written, options.output)}")
 
 
 def _fine_tuning(options: argparse.Namespace) -> None:
