@@ -14,7 +14,7 @@ if (_Path(__file__).parents[1] / "triton_kernels").is_dir() and not (
 from . import backends, functional, init, mean_shift, reference
 from ._version import __version__
 from .calibrate import calibrate_gain_
-from .convert import replace_conv_bn
+from .conversion import replace_conv_bn
 from .mean_shift import MeanShiftRejection, project_kernel_gradients_, spatial_kernels, unity_decay
 from .modules import (
     DeepControl1d,

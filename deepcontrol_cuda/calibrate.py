@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,19 @@ from . import modules
 __all__ = ["calibrate_gain_"]
 
 _LAYERS = (modules._DeepControl, modules._DeepControlConv, modules._MeanShiftConv)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer's output shall have ahead of residual and activation, each (C,) or None for 1 and 0.
+
+    Attributes:
+        deviation: may be negative, which turns the sign of the output around.
+        mean: goes into the bias.
+    """
+
+    deviation: Tensor | None
+    mean: Tensor | None
 
 
 def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) -> list[str]:
@@ -42,7 +56,14 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
             are as they were.
     """
     model = getattr(model, "_orig_mod", model)  # hooks inside a compiled graph would not be called
-    names = {module: name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
+    return calibrate_(model, batch, {module: None for module in model.modules() if isinstance(module, _LAYERS)})
+
+
+def calibrate_(
+    model: nn.Module, batch: Tensor | tuple | list | Mapping, targets: Mapping[nn.Module, Target | None]
+) -> list[str]:
+    """``calibrate_gain_`` of the layers in ``targets``; None is deviation 1 and leaves the bias alone."""
+    names = {module: name for name, module in model.named_modules() if module in targets}
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     if any(isinstance(part, (tuple, list)) for part in parts):
         raise TypeError("batch: got pairs, as of a data loader, wanted the model's argument or arguments: images alone")
@@ -55,8 +76,13 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
         gain = _gain(module)
         if gain is None or names[module] in done:
             return
-        before.setdefault(gain, gain.clone())
-        _divide_by_deviation_(module, gain, args[0] if args else kwargs["input"], names[module])
+        for parameter in (gain, module.bias):
+            if parameter is not None:
+                before.setdefault(parameter, parameter.clone())
+        input = args[0] if args else kwargs["input"]
+        _divide_by_deviation_(module, gain, input, names[module])
+        if targets[module] is not None:
+            _meet_(module, gain, input, targets[module])
         done.append(names[module])
 
     hooks = [module.register_forward_pre_hook(calibrate, with_kwargs=True) for module in names]
@@ -70,8 +96,8 @@ def calibrate_gain_(model: nn.Module, batch: Tensor | tuple | list | Mapping) ->
             if not done:
                 raise ValueError("model: got no call of a DeepControl or MeanShiftConv layer with a learned gain")
     except BaseException:
-        for gain, value in before.items():
-            gain.data.copy_(value)
+        for parameter, value in before.items():
+            parameter.data.copy_(value)
         raise
     finally:
         for hook in hooks:
@@ -108,6 +134,16 @@ def _divide_by_deviation_(module: nn.Module, gain: nn.Parameter, input: Tensor, 
         gain -= deviation.log()
     else:
         gain /= deviation
+
+
+def _meet_(module: nn.Module, gain: nn.Parameter, input: Tensor, target: Target) -> None:
+    """Of a layer whose gain is learned as it is, not as a logarithm, and whose output has deviation 1."""
+    if target.deviation is not None:
+        gain *= target.deviation
+    with _bare(module):
+        scaled = module.forward(input)
+    mean = scaled.double().mean((0, *range(2, scaled.dim())))
+    module.bias.copy_(-mean if target.mean is None else target.mean - mean)
 
 
 @contextmanager

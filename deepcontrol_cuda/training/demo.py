@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..convert import replace_conv_bn
+from ..conversion import replace_conv_bn
 from . import layers, report
 from .conditions import conditions
 from .data import DataSet, digits

@@ -1,0 +1,298 @@
+"""What a model's forwards do with its modules: one ``torch.fx`` graph for each forward, its children as black boxes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from . import generated
+from .norms import as_norm
+
+
+@dataclass
+class Forward:
+    """The forward of one module.
+
+    Attributes:
+        name: the module's.
+        graph: what it does. Made from records, or guessed, it holds modules and their order alone.
+        fixed: why the forward cannot be written anew, None if it can.
+        source: "trace", "example" (one run was watched) or "registration" (modules in the order of registration).
+        called: the name of the module that a node calls.
+        shapes: what each node gave in the run of the example, where it was one tensor.
+    """
+
+    name: str
+    graph: fx.Graph
+    fixed: str | None
+    source: str
+    called: dict[fx.Node, str] = field(default_factory=dict)
+    shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
+
+
+class Flow:
+    """All forwards of ``model``, which stays as it is.
+
+    Args:
+        model: any module.
+        example: its argument, or a tuple or list of them, or a mapping of keyword arguments; or None. Forwards that
+            ``torch.fx`` cannot trace are watched in one run with it; else the order in which modules are registered
+            tells which norm follows which convolution.
+    """
+
+    def __init__(self, model: nn.Module, example: Any = None) -> None:
+        # A forward may keep what it is given in an attribute, so a copy is traced and run.
+        self.root = copy.deepcopy(model)
+        self.names = {id(module): name for name, module in self.root.named_modules()}
+        self.registrations: dict[int, int] = defaultdict(int)
+        for module in self.root.modules():
+            for child in module._modules.values():
+                self.registrations[id(child)] += child is not None
+        self.failures: dict[str, str] = {}
+        self.forwards: dict[str, Forward] = {}
+        self.sizes: dict[str, torch.Size] = {}
+        for name, module in self.root.named_modules():
+            # A norm that brings its own activation has children too, but is one thing here.
+            if module._modules and type(module).forward is not nn.Module.forward and as_norm(module) is None:
+                self._trace(name, module)
+        if example is not None:
+            self._watch(example)
+        for name in self.failures:
+            if name not in self.forwards:
+                self._guess(name)
+        self.calls: dict[str, list[tuple[Forward, fx.Node]]] = defaultdict(list)
+        for forward in self.forwards.values():
+            for node, called in forward.called.items():
+                self.calls[called].append((forward, node))
+
+    def _trace(self, name: str, module: nn.Module) -> None:
+        if "forward" in module.__dict__:
+            self.failures[name] = "is replaced on the instance"
+            return
+        try:
+            graph, fixed = _trace(module)
+        except Exception as error:  # a forward may raise anything when it meets a proxy
+            what = str(error).splitlines()[0][:80] if str(error) else ""
+            self.failures[name] = f"cannot be traced ({type(error).__name__}: {what})"
+            return
+        self._add(Forward(name, graph, fixed, "trace"), module)
+
+    def _add(self, forward: Forward, module: nn.Module) -> None:
+        for node in forward.graph.nodes:
+            if node.op == "call_module":
+                forward.called[node] = self.names[id(module.get_submodule(node.target))]
+        self.forwards[forward.name] = forward
+
+    @torch.no_grad()
+    def _watch(self, example: Any) -> None:
+        """Run the example, for the sizes of maps and for what no trace could tell."""
+        watch = _Watch(self.root, self.names, set(self.failures))
+        inputs: dict[str, tuple] = {}
+        hooks = []
+        for name, forward in self.forwards.items():
+            if any(as_norm(self.root.get_submodule(called)) for called in forward.called.values()):
+                module = self.root.get_submodule(name)
+                # Copied: a forward may change its arguments in place.
+                keep = lambda m, args, n=name: inputs.setdefault(  # noqa: E731
+                    n, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+                )
+                hooks.append(module.register_forward_pre_hook(keep))
+        modes = {module: module.training for module in self.root.modules()}
+        self.root.eval()
+        try:
+            with watch:
+                call(self.root, example)
+            for hook in hooks:
+                hook.remove()
+            for name, arguments in inputs.items():
+                self._shapes(self.forwards[name], arguments)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self.sizes = watch.sizes
+        for name in self.failures:
+            if (graph := watch.graph(name)) is not None:
+                self._add(Forward(name, graph, self.failures[name], "example"), self.root.get_submodule(name))
+
+    def _shapes(self, forward: Forward, arguments: tuple) -> None:
+        module = self.root.get_submodule(forward.name)
+        try:
+            ShapeProp(fx.GraphModule(module, forward.graph)).propagate(*arguments)
+        except Exception:  # what a trace made of a forward need not run on what the forward is really given
+            return
+        for node in forward.graph.nodes:
+            meta = node.meta.get("tensor_meta")
+            if hasattr(meta, "shape"):
+                forward.shapes[node] = meta.shape
+
+    def _guess(self, name: str) -> None:
+        """A graph in which each norm follows the convolution registered right before it, if that fits."""
+        module = self.root.get_submodule(name)
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        before: tuple[nn.Module, fx.Node] | None = None
+        for child_name, child in module.named_children():
+            norm = as_norm(child)
+            follows = norm is not None and before is not None and _fits(before[0], norm.features)
+            node = graph.call_module(child_name, (before[1] if follows else x,))
+            before = (child, node)
+        graph.output(x)
+        self._add(Forward(name, graph, self.failures[name], "registration"), module)
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*(example if isinstance(example, (tuple, list)) else (example,)))
+
+
+def _fits(module: nn.Module, features: int) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.out_channels == features
+
+
+def _trace(module: nn.Module) -> tuple[fx.Graph, str | None]:
+    """The graph of a forward, in the module's present mode, and why a forward made from it might not be the same."""
+    training = module.training
+    state = _state(module)
+    tracer = _Tracer()
+    graph = tracer.trace(module)
+    fixed = tracer.doubt
+    if fixed is None and _state(module) != state:
+        fixed = "it changes attributes or makes tensors of its own"
+    if fixed is None and any(_optional(node) for node in graph.nodes if node.op == "placeholder"):
+        fixed = "it has optional arguments"
+    try:
+        module.training = not training
+        if fixed is None and generated.source(_Tracer().trace(module)) != generated.source(graph):
+            fixed = "it differs between training and evaluation"
+    except generated.NoSource as error:
+        fixed = str(error)
+    except Exception:  # a forward may raise anything when it meets a proxy
+        fixed = "it differs between training and evaluation"
+    finally:
+        module.training = training
+    return graph, fixed
+
+
+def _optional(placeholder: fx.Node) -> bool:
+    return bool(placeholder.args) or placeholder.target.startswith("*")
+
+
+def _state(module: nn.Module) -> tuple:
+    plain = {name: id(value) for name, value in module.__dict__.items() if name != "training"}
+    buffers = [(name, id(b), b._version) for name, b in module.named_buffers(recurse=False) if b is not None]
+    return plain, sorted(module._modules), buffers
+
+
+class _Proxy(fx.Proxy):
+    """Notices who asks for its type, and keeps operators that work in place apart from those that do not."""
+
+    @property
+    def __class__(self):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            self.tracer.doubt = "it asks for the type of its arguments"
+        return _Proxy
+
+
+def _in_place(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
+
+
+class _Tracer(fx.Tracer):
+    """Children are black boxes."""
+
+    doubt: str | None = None
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def _elsewhere(*values: Any) -> None:
+    """What stands in a graph for everything that a watched forward did with tensors outside of its modules."""
+
+
+class _Watch(TorchFunctionMode):
+    """Records the sizes of what norms are given and, for the forwards in ``watched``, which tensor went where."""
+
+    def __init__(self, root: nn.Module, names: dict[int, str], watched: set[str]) -> None:
+        super().__init__()
+        self.root = root
+        self.names = names
+        self.watched = watched
+        self.sizes: dict[str, torch.Size] = {}
+        self.stack: list[str] = []
+        # For each watched forward what it did, in order: (name of the called module or None, inputs, output). The
+        # tensors are held, so that no two have the same id.
+        self.events: dict[str, list[tuple[str | None, list[Tensor], Any]]] = {name: [] for name in watched}
+        self.runs: dict[str, int] = defaultdict(int)
+        self.hooks: list = []
+
+    def __enter__(self):
+        for module in self.root.modules():
+            self.hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*exception)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        name = self.names[id(module)]
+        if as_norm(module) is not None and args:
+            self.sizes.setdefault(name, args[0].shape)
+        self.runs[name] += 1
+        self.stack.append(name)
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        name = self.stack.pop()
+        if self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
+            self.events[self.stack[-1]].append((name, _tensors((args, kwargs)), output))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
+            self.events[self.stack[-1]].append((None, _tensors((args, kwargs)), output))
+        return output
+
+    def graph(self, name: str) -> fx.Graph | None:
+        """What the first run of the forward ``name`` did; None if it never ran."""
+        if not self.runs[name]:
+            return None
+        prefix = f"{name}." if name else ""
+        graph = fx.Graph()
+        made: dict[int, fx.Node] = {}
+        for called, inputs, output in self.events[name]:
+            sources = [made[id(tensor)] for tensor in inputs if id(tensor) in made]
+            if called is not None and called.startswith(prefix):
+                node = graph.call_module(called.removeprefix(prefix), tuple(sources))
+            else:
+                node = graph.call_function(_elsewhere, tuple(sources))
+            for tensor in _tensors(output):
+                made[id(tensor)] = node
+        graph.output(None)
+        return graph
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
