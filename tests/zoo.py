@@ -29,7 +29,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
 def torchvision(name: str, **options) -> nn.Module:
     from torchvision import models
 
-    return models.get_model(name, weights=None, num_classes=10, **options)
+    return models.get_model(name, weights=None, **options)
 
 
 def torchvision_segmentation(name: str) -> nn.Module:
@@ -56,20 +56,20 @@ def mobilenet_v2() -> nn.Module:
 def vgg11_bn() -> nn.Module:
     """With one linear layer in place of three, which have 119 million of the 129 million parameters."""
     model = torchvision("vgg11_bn", init_weights=False)
-    model.classifier = nn.Linear(512 * 7 * 7, 10)
+    model.classifier = nn.Linear(512 * 7 * 7, 1000)
     return model
 
 
 def timm(name: str) -> nn.Module:
     import timm
 
-    return timm.create_model(name, pretrained=False, num_classes=10)
+    return timm.create_model(name, pretrained=False)
 
 
 def hugging_face_resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96, 128], depths=[1, 2, 2, 1], num_labels=10)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[32, 64, 96, 128], depths=[1, 2, 2, 1], num_labels=1000)
     return ResNetForImageClassification(config)
 
 
@@ -160,12 +160,12 @@ class Entry:
 
 ZOO: dict[str, Entry] = {
     "torchvision resnet18": Entry(partial(torchvision, "resnet18", zero_init_residual=True)),
-    "torchvision resnet50": Entry(partial(torchvision, "resnet50", zero_init_residual=True)),
+    "torchvision resnet50": Entry(partial(torchvision, "resnet50", zero_init_residual=True), (2, 3, 96, 96)),
     "torchvision resnext50_32x4d": Entry(partial(torchvision, "resnext50_32x4d", zero_init_residual=True)),
     "torchvision wide_resnet50_2": Entry(partial(torchvision, "wide_resnet50_2", zero_init_residual=True)),
     "torchvision densenet121": Entry(partial(torchvision, "densenet121")),
     "torchvision vgg11_bn": Entry(vgg11_bn),
-    "torchvision mobilenet_v2": Entry(mobilenet_v2),
+    "torchvision mobilenet_v2": Entry(mobilenet_v2, (2, 3, 96, 96)),
     "torchvision mobilenet_v3_small": Entry(partial(torchvision, "mobilenet_v3_small")),
     "torchvision mobilenet_v3_large": Entry(partial(torchvision, "mobilenet_v3_large")),
     "torchvision efficientnet_b0": Entry(partial(torchvision, "efficientnet_b0")),
@@ -210,14 +210,15 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 class OneTensor(nn.Module):
-    """All that ``model`` returns in one tensor, which costs no bytes kept for backward."""
+    """All that ``model`` returns in one tensor, which costs no bytes kept for backward; the last one is ``output``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([tensor.flatten() for tensor in tensors(self.model(x))])
+        self.output = torch.cat([tensor.flatten() for tensor in tensors(self.model(x))])
+        return self.output
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -234,9 +235,9 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
     """``model`` in ``eval()`` as a training could have left it: statistics near those of ``x``, no vector trivial.
 
-    Scales, shifts and statistics are off by about a tenth, so that to forget any of them shows. Scales are near one, but
-    near a fifth where they start at zero, at the end of residual branches: with ones there a deep network with random
-    kernels amplifies float32's rounding a hundred times, as trained ones do not.
+    Scales, shifts and statistics are off by about a tenth, so that to forget any of them shows. Scales are near one,
+    but near a fifth where they start at zero, at the end of residual branches: with ones there a deep network with
+    random kernels amplifies float32's rounding a hundred times, as trained ones do not.
     """
 
     def off(like: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def step(model: nn.Module, x: Tensor) -> Step:
     torch.manual_seed(2)
     net = OneTensor(model.train())
     kept = saved_bytes(net, x)
-    net(x).square().mean().backward()
+    net.output.square().mean().backward()
     wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing = {name for name, gradient in wanted.items() if gradient is None}
     broken = {name for name, gradient in wanted.items() if name not in missing and not gradient.isfinite().all()}
@@ -310,6 +311,7 @@ class Case:
         self.before = step(copy.deepcopy(self.model), self.x)
         self._reports: dict[tuple[str, str], Any] = {}
         self._steps: dict[str, Step] = {}
+        self._evaluated: dict[str, tuple[Any, Counts]] = {}
 
     def report(self, method: str, initialization: str) -> Any:
         key = method, initialization
@@ -322,29 +324,36 @@ class Case:
             self._steps[method] = step(self.report(method, "fresh").model, self.x)
         return self._steps[method]
 
-    def counts(self, method: str) -> Counts:
-        report = self.report(method, "folded")
-        adds = set()
+    def evaluated(self, method: str) -> tuple[Any, Counts]:
+        """What the folded model gives in evaluation, and what is in it."""
+        if method not in self._evaluated:
+            report = self.report(method, "folded")
+            # Under Mean Shift Rejection convolutions without a norm change too.
+            layers = [report.model.get_submodule(row.module) for row in report.replaced if row.norm]
+            adds = set()
 
-        def look(layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
-            if (*arguments[1:], keywords.get("residual"))[0] is not None:
-                adds.add(layer)
+            def look(layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+                if (*arguments[1:], keywords.get("residual"))[0] is not None:
+                    adds.add(layer)
 
-        layers = {name: m for name, m in report.model.named_modules() if type(m).__module__ == dc.modules.__name__}
-        hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers.values()]
-        with torch.no_grad():
-            report.model(self.x)
-        for hook in hooks:
-            hook.remove()
-        merged = sum(isinstance(layer, nn.modules.conv._ConvNd) for layer in layers.values())
-        return Counts(
-            norms=len(self.norms),
-            merged=merged,
-            activations=sum(layer.activation != "identity" for layer in layers.values()),
-            adds=len(adds),
-            norm_only=len(layers) - merged,
-            left=len(report.left),
-        )
+            hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+            with torch.no_grad():
+                output = report.model(self.x)
+            for hook in hooks:
+                hook.remove()
+            merged = sum(isinstance(layer, nn.modules.conv._ConvNd) for layer in layers)
+            self._evaluated[method] = (
+                output,
+                Counts(
+                    norms=len(self.norms),
+                    merged=merged,
+                    activations=sum(getattr(layer, "activation", "identity") != "identity" for layer in layers),
+                    adds=len(adds),
+                    norm_only=len(layers) - merged,
+                    left=len(report.left),
+                ),
+            )
+        return self._evaluated[method]
 
 
 def parameters(model: nn.Module) -> int:
@@ -360,7 +369,7 @@ def row(name: str) -> tuple[str, ...]:
     """The line of the page for one network, in ``HEAD``'s columns."""
     this = case(name)
     before = this.before.bytes
-    cells = [name, " x ".join(map(str, this.entry.shape)), *map(str, this.counts("deep_control"))]
+    cells = [name, " x ".join(map(str, this.entry.shape)), *map(str, this.evaluated("deep_control")[1])]
     cells.append(f"{parameters(this.model):,}")
     cells += [f"{parameters(this.report(method, 'fresh').model):,}" for method in METHODS]
     cells.append(f"{before:,}")
