@@ -211,12 +211,7 @@ class Finder:
             return reason
         site.conv_name = name
         site.nodes = [source, *identities, node]
-        if forward.source == "registration":
-            return f"by order of registration, as {self._why_not_traced(forward)}; an example would tell for sure"
         return ""
-
-    def _why_not_traced(self, forward: Forward) -> str:
-        return f"the forward of {forward.name or 'the model'} {forward.fixed}"
 
     def _why_not_mergeable(self, forward: Forward, name: str) -> str | None:
         conv = self._module(name)
