@@ -183,6 +183,15 @@ class SameOperands(Block):
         return self.relu(out + out)
 
 
+class ModuleNamedAdd(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = nn.Bilinear(6, 6, 6)
+
+    def forward(self, x):
+        return self.relu(self.add(self.bn1(self.conv1(x)), x))
+
+
 class Scaled(Block):
     def forward(self, x):
         return torch.add(x, self.bn1(self.conv1(x)), alpha=2) + (self.bn2(self.conv2(x)) + 1.0)
@@ -250,7 +259,7 @@ BLOCKS = [
     Basic, Downsampled, SumOfBranches, AfterTheSum, Functional, Method, SumIsUsedTwice, NormIsUsedTwice,
     ConvIsUsedTwice, SharedConv, SharedNorm, PreActivation, InputChangesBehindTheConvolution, SumOverwritesTheShortcut,
     SumOverwritesTheArgument, SameOperands, Scaled, Keywords, AsksForTheType, DependsOnTraining, MakesATensor,
-    Optional, Untraceable, Nested,
+    Optional, Untraceable, Nested, ModuleNamedAdd,
 ]  # fmt: skip
 
 

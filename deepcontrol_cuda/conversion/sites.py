@@ -33,7 +33,7 @@ _FUNCTIONS = {
     F.hardswish: "hardswish",
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 _IN_PLACE_SUMS = (operator.iadd, "add_")
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _POOL_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
@@ -283,7 +283,7 @@ class Finder:
         if (name := forward.called.get(node)) is not None:
             module = self._module(name)
             return None if _has_hooks(module) else _activation_of(module)
-        if node.target in (F.leaky_relu,):
+        if node.target is F.leaky_relu:
             slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
             return Activation("leaky_relu", slope) if isinstance(slope, float) else None
         if node.op == "call_function" and node.target is F.gelu and node.kwargs.get("approximate", "none") != "none":
@@ -292,7 +292,9 @@ class Finder:
         return Activation(names[node.target]) if node.target in names else None
 
     def _take_sum(self, forward: Forward, node: fx.Node, ends: dict[fx.Node, Site]) -> None:
-        if node.target not in _SUMS or node.kwargs or len(node.all_input_nodes) != 2 or len(node.args) != 2:
+        if node.target not in _SUMS.get(node.op, ()):
+            return
+        if node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:  # scaled, or of a tensor and a number
             return
         order = {n: i for i, n in enumerate(forward.graph.nodes)}
         found = []
