@@ -100,6 +100,9 @@ class _DeepControl(nn.Module):
         _reset_control(self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        # Vectors have no maps to take a mean of, so that they are let in only where none is taken.
+        if self.spatial_rank == 1 and input.dim() == 2 and self.fixed_mean_scale == 0.0:
+            return self.forward(input.unsqueeze(2), None if residual is None else residual.unsqueeze(2)).squeeze(2)
         if input.dim() != self.spatial_rank + 2 or input.shape[1] != self.num_features:
             raise ValueError(
                 f"input: got shape {tuple(input.shape)}, "
@@ -133,7 +136,7 @@ _NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{ra
 
 
 class DeepControl1d(_DeepControl):
-    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L)")
+    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L)") + "\n    With ``mean_scale=0.0`` it takes (N, C) too.\n    "
     spatial_rank = 1
 
 
