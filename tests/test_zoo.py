@@ -13,6 +13,15 @@ PROMISED = ("torchvision resnet50", "torchvision mobilenet_v2")
 FOLDED_ERROR = 1e-5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On maps as small as these a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Tests of one network run one after the other, so that it is built and converted once.
 @pytest.fixture(scope="module", params=ZOO)
 def net(request) -> Case:

@@ -411,5 +411,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     PAGE.write_text(page(), encoding="utf-8")
