@@ -15,11 +15,15 @@ from torch import Tensor, nn
 import deepcontrol_cuda as dc
 from deepcontrol_cuda.memory import peak_bytes
 from deepcontrol_cuda.timing import Times, summarize
+from deepcontrol_cuda.training.table import markdown_table
 
+from .report import Verdict, at_least, at_most
 from .runner import WrongResultError
 
 BATCH_NORM = "Batch Norm"
-MODELS = (BATCH_NORM, "Batch Norm, compiled", "no norm", "Deep Control", "Mean Shift Rejection")
+COMPILED = "Batch Norm, compiled"
+OURS = ("Deep Control", "Mean Shift Rejection")
+MODELS = (BATCH_NORM, COMPILED, "no norm", *OURS)
 TOLERANCE = 1e-5
 
 
@@ -87,7 +91,7 @@ def models(names: tuple[str, ...] = MODELS) -> dict[str, nn.Module]:
     batch_norm = resnet50().train()
     make = {
         BATCH_NORM: lambda: batch_norm,
-        "Batch Norm, compiled": lambda: torch.compile(copy.deepcopy(batch_norm)),
+        COMPILED: lambda: torch.compile(copy.deepcopy(batch_norm)),
         "no norm": lambda: _without_norms(batch_norm),
         "Deep Control": lambda: dc.replace_conv_bn(batch_norm).model,
         "Mean Shift Rejection": lambda: dc.replace_conv_bn(batch_norm, "mean_shift_rejection").model,
@@ -144,6 +148,36 @@ def measure(
     ratios = {n: summarize([b / s for b, s in zip(seconds[BATCH_NORM], seconds[n])]) for n in steps if n != BATCH_NORM}
     peaks = {name: peak_bytes(step.with_gradients_in_place) for name, step in steps.items()}
     return Result(dtype, {name: summarize(values) for name, values in seconds.items()}, ratios, peaks)
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: medians of the times, of the ratios with their quartiles, and peaks."""
+    lines = [["dtype", "model", "ms", "Batch Norm / model", "quartiles", "peak, MiB", "of Batch Norm's"]]
+    for result in results:
+        for name, times in result.times.items():
+            ratio = result.ratios.get(name)
+            peak = result.peak_bytes[name]
+            lines.append([
+                result.dtype, name, f"{1e3 * times.median:.0f}", f"{ratio.median:.3f}" if ratio else "",
+                f"{ratio.lower_quartile:.3f} to {ratio.upper_quartile:.3f}" if ratio else "",
+                f"{peak / 2**20:.0f}", f"{peak / result.peak_bytes[BATCH_NORM]:.3f}",
+            ])  # fmt: skip
+    return markdown_table(lines)
+
+
+def verdicts(results: list[Result]) -> list[Verdict]:
+    """Each of ours against Batch Norm, eager and compiled, by medians over the rounds; and its peak."""
+    found = []
+    for result in results:
+        for name in (name for name in OURS if name in result.times):
+            what = f"{result.dtype}: {{}}, {name}"
+            found.append(at_least(what.format("Batch Norm / ours"), result.ratios[name].median, 1.15))
+            if COMPILED in result.ratios:
+                over = result.ratios[name].median / result.ratios[COMPILED].median
+                found.append(at_least(what.format("compiled Batch Norm / ours"), over, 1.0))
+            peak = result.peak_bytes[name] / result.peak_bytes[BATCH_NORM]
+            found.append(at_most(what.format("peak bytes, ours / Batch Norm"), peak, 0.6))
+    return found
 
 
 class _Step:
