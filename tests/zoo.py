@@ -44,15 +44,6 @@ def torchvision_fpn(norm: str) -> nn.Module:
     return resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=norm_layer)
 
 
-def mobilenet_v2() -> nn.Module:
-    """With zeros where torchvision's ``zero_init_residual`` puts them into ResNets: see ``trained``."""
-    model = torchvision("mobilenet_v2")
-    for block in model.features:
-        if getattr(block, "use_res_connect", False):
-            nn.init.zeros_(block.conv[-1].weight)
-    return model
-
-
 def vgg11_bn() -> nn.Module:
     """With one linear layer in place of three, which have 119 million of the 129 million parameters."""
     model = torchvision("vgg11_bn", init_weights=False)
@@ -159,13 +150,13 @@ class Entry:
 
 
 ZOO: dict[str, Entry] = {
-    "torchvision resnet18": Entry(partial(torchvision, "resnet18", zero_init_residual=True)),
-    "torchvision resnet50": Entry(partial(torchvision, "resnet50", zero_init_residual=True), (2, 3, 96, 96)),
-    "torchvision resnext50_32x4d": Entry(partial(torchvision, "resnext50_32x4d", zero_init_residual=True)),
-    "torchvision wide_resnet50_2": Entry(partial(torchvision, "wide_resnet50_2", zero_init_residual=True)),
+    "torchvision resnet18": Entry(partial(torchvision, "resnet18")),
+    "torchvision resnet50": Entry(partial(torchvision, "resnet50")),
+    "torchvision resnext50_32x4d": Entry(partial(torchvision, "resnext50_32x4d")),
+    "torchvision wide_resnet50_2": Entry(partial(torchvision, "wide_resnet50_2")),
     "torchvision densenet121": Entry(partial(torchvision, "densenet121")),
     "torchvision vgg11_bn": Entry(vgg11_bn),
-    "torchvision mobilenet_v2": Entry(mobilenet_v2, (2, 3, 96, 96)),
+    "torchvision mobilenet_v2": Entry(partial(torchvision, "mobilenet_v2")),
     "torchvision mobilenet_v3_small": Entry(partial(torchvision, "mobilenet_v3_small")),
     "torchvision mobilenet_v3_large": Entry(partial(torchvision, "mobilenet_v3_large")),
     "torchvision efficientnet_b0": Entry(partial(torchvision, "efficientnet_b0")),
@@ -235,9 +226,9 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
     """``model`` in ``eval()`` as a training could have left it: statistics near those of ``x``, no vector trivial.
 
-    Scales, shifts and statistics are off by about a tenth, so that to forget any of them shows. Scales are near one,
-    but near a fifth where they start at zero, at the end of residual branches: with ones there a deep network with
-    random kernels amplifies float32's rounding a hundred times, as trained ones do not.
+    Scales, shifts and statistics are off by about a tenth, so that to forget any of them shows. Scales are near one and
+    so are shifts: around zero, where ReLU has its kink, deep networks with random kernels are chaotic and amplify
+    float32's rounding several hundred times, as trained ones do not.
     """
 
     def off(like: Tensor) -> Tensor:
@@ -246,13 +237,14 @@ def trained(model: nn.Module, x: Tensor) -> nn.Module:
     def set_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         z = inputs[0].transpose(0, 1).flatten(1)
         norm.running_mean.copy_(z.mean(1))
-        norm.running_var.copy_(z.var(1))
+        # Of few values some channels have next to no variance; of a training's they would have more.
+        norm.running_var.copy_(z.var(1).clamp_min(0.1 * z.var().item()))
 
     found = norms(model).values()
     hooks = [norm.register_forward_pre_hook(set_statistics) for norm in found]
     for norm in found:
-        norm.weight.copy_(torch.where(norm.weight == 0, 0.2, 1.0) * (1 + off(norm.weight)))
-        norm.bias.copy_(off(norm.bias))
+        norm.weight.copy_(1 + off(norm.weight))
+        norm.bias.copy_(1 + off(norm.bias))
     model.train()(x)
     for hook in hooks:
         hook.remove()
