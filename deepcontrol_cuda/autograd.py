@@ -81,7 +81,9 @@ def _recording(*tensors: Tensor | None) -> bool:
     """Whether the op goes through its Function: for backward, or to refuse forward-mode derivatives."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # An exported program holds the op without its Function, so what backward needs would be of no use there.
+    return differentiated and not torch.compiler.is_exporting()
 
 
 def _differentiable(*gradients_of_intermediates: Tensor | None) -> bool:

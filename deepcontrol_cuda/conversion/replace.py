@@ -159,6 +159,8 @@ def _check(model, method, initialization, example, optimizer, inplace) -> None:
         raise TypeError("model: got one that torch.compile wraps; convert the module in it, then compile")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model: got a {type(model).__name__}; convert its .module, then wrap")
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise TypeError("model: got one with sharded parameters (DTensor); convert, then shard")
     for name, module in model.named_modules():
         where = f"model: {name or 'it'} is"
         if isinstance(module, torch.jit.ScriptModule):
