@@ -391,7 +391,8 @@ Merged norms went with the convolution in front into one layer; "norm only" ones
 behind a linear layer or in front of a convolution; "left" ones stay, and the report says why. Into how many layers an
 activation and the add of a residual went is in the columns with these names. "Bytes" are what a forward in training
 keeps for backward besides parameters and buffers, in float32, at **the small inputs of the test** (in larger images
-maps weigh more); behind them the same of the converted networks, and the ratio of the two.
+maps weigh more); behind them the same of the converted networks, and the ratio of the two. Nothing is saved where no
+convolution is merged, as with transposed ones, and where norms were frozen, which keep nothing themselves.
 
 Versions: {versions}.
 """
