@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from zoo import METHODS, PAGE, ZOO, Case, case, head_lines, norms, page, parameters, tensors
+from zoo import METHODS, PAGE, ZOO, Case, case, head_lines, line, norms, parameters, row, tensors
 
 # What is promised of ResNet-50 and MobileNetV2, from end to end in float32; the others keep it too.
 FOLDED_ERROR = 1e-5
@@ -100,9 +100,18 @@ def test_a_network_without_batch_norm_is_told_so_and_stays():
         assert all(torch.equal(value, report.model.state_dict()[key]) for key, value in net.model.state_dict().items())
 
 
-def test_the_page_has_what_was_found():
-    written = PAGE.read_text(encoding="utf-8")
-    if not written.startswith(head_lines()):
-        assert written.partition("Versions: ")[0] == head_lines().partition("Versions: ")[0]
+def of_these_versions() -> list[str]:
+    """The page's table; skips where it was made with others of the packages."""
+    head, table = head_lines() + "\n", PAGE.read_text(encoding="utf-8")
+    assert table.startswith(head.partition("Versions: ")[0])
+    if not table.startswith(head):
         pytest.skip("the page was written with other versions of the networks' packages")
-    assert written == page()
+    return table.removeprefix(head).splitlines()
+
+
+def test_the_page_has_what_was_found(net):
+    assert line(row(net.name)) in of_these_versions()
+
+
+def test_the_page_has_all_networks():
+    assert len(of_these_versions()) == 2 + len(ZOO)

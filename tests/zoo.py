@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -356,7 +356,6 @@ def parameters(model: nn.Module) -> int:
 case = lru_cache(maxsize=1)(Case)
 
 
-@cache
 def row(name: str) -> tuple[str, ...]:
     """The line of the page for one network, in ``HEAD``'s columns."""
     this = case(name)
@@ -398,9 +397,13 @@ Versions: {versions}.
 """
 
 
+def line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def page() -> str:
     table = [HEAD, tuple("---" if i < 2 else "---:" for i in range(len(HEAD))), *map(row, ZOO)]
-    return head_lines() + "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+    return "\n".join([head_lines(), *map(line, table), ""])
 
 
 if __name__ == "__main__":
