@@ -15,7 +15,19 @@ import torch
 
 from deepcontrol_cuda import _ops, backends
 
-from . import gpu, memory, overhead, peers, predict, projection, record, report, runner
+from . import (
+    fine_tuning,
+    gpu,
+    memory,
+    overhead,
+    peers,
+    predict,
+    projection,
+    record,
+    report,
+    runner,
+    training_step,
+)
 from .cases import SETS
 from .runner import DTYPES, LAYOUTS, MODES, Row, Setting, WrongResultError
 
@@ -84,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     projected.add_argument("--batch", type=_positive, default=8, help="default: 8")
     projected.add_argument("--size", type=_positive, default=224, help="pixels a side (default: 224)")
     projected.add_argument("--repeats", type=_repeats, default=15, help="default: 15")
+
+    stepped = command("training-step", _training_step, "time ResNet-50's step before and after replace_conv_bn", None)
+    stepped.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    stepped.add_argument(
+        "--models", nargs="+", choices=training_step.MODELS, help="default: all; Batch Norm always runs"
+    )
+    stepped.add_argument("--batch", type=_positive, default=8, help="default: 8")
+    stepped.add_argument("--size", type=_positive, default=224, help="pixels a side (default: 224)")
+    stepped.add_argument("--repeats", type=_repeats, default=15, help="default: 15")
+
+    tuned = command("fine-tuning", _fine_tuning, "train converted networks on, over learning rates and seeds", None)
+    tuned.add_argument("--seeds", type=_positive, default=5, help="default: 5")
+    tuned.add_argument("--quick", action="store_true", help="two steps each, to see that it runs")
 
     help = "print what layers should take on an H100: counted from bytes and operations, not measured"
     counted = commands.add_parser("predict", help=help, description=help)
@@ -233,6 +258,46 @@ def _projection(options: argparse.Namespace) -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
     print(f"Written to {record.write(run | results, options.output)}")
+
+
+def _training_step(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
+    wanted = options.models or training_step.MODELS
+    names = tuple(n for n in training_step.MODELS if n in wanted or n == training_step.BATCH_NORM)
+    run = record.collect("training-step", batch=options.batch, size=options.size, repeats=options.repeats)
+    error = training_step.check(min(options.size, 64))
+    results = []
+    with tqdm(total=len(options.dtype) * options.repeats, unit="round", dynamic_ncols=True) as bar:
+        for dtype in options.dtype:
+            bar.set_description(dtype)
+            args = (dtype, options.batch, options.size, options.repeats, names, bar.update)
+            results.append(training_step.measure(*args))
+    verdicts = training_step.verdicts(results)
+    print(f"\nResNet-50, batch {options.batch}, {options.size} pixels a side\n\n{training_step.table(results)}\n")
+    print(f"{report.verdicts_table(verdicts)}\n")
+    written = {
+        "times_in": "seconds",
+        "error": error,
+        "results": [asdict(result) for result in results],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
+    print(f"Written to {record.write(run | written, options.output)}")
+
+
+def _fine_tuning(options: argparse.Namespace) -> None:
+    from tqdm import tqdm  # not where only `make gpu` runs
+
+    from deepcontrol_cuda.training.data import digits
+
+    run = record.collect("fine-tuning", seeds=options.seeds, quick=options.quick)
+    data = digits()
+    total = sum(fine_tuning.steps(plan, options.seeds) for plan in fine_tuning.plans(options.quick))
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+        runs = list(fine_tuning.run(options.quick, options.seeds, data, bar.update))
+    print(f"\nTest accuracy, means over {options.seeds} seeds\n\n{fine_tuning.table(runs)}\n")
+    rows = [{name: value for name, value in asdict(tuned).items() if name != "losses"} for tuned in runs]
+    print(f"Written to {record.write(run | {'runs': rows}, options.output)}")
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from .modules import (
     MeanShiftConv2d,
     MeanShiftConv3d,
 )
+from .plain import to_reference
 
 __all__ = [
     "DeepControl1d",
@@ -51,5 +52,6 @@ __all__ = [
     "reference",
     "replace_conv_bn",
     "spatial_kernels",
+    "to_reference",
     "unity_decay",
 ]

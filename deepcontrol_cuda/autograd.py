@@ -79,10 +79,12 @@ def _recording(*tensors: Tensor | None) -> bool:
     """Whether the op goes through its Function: for backward, or to refuse forward-mode derivatives."""
     if forward_ad._current_level >= 0:
         return True
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
+    # An exported program holds the op without its Function, so what backward needs would be of no use there.
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
     return False
 
 

@@ -281,6 +281,21 @@ def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
         set_algorithm(before or "")
 
 
+# torch.compile would have it that no ONNX export goes on, also when that uses it.
+@torch.compiler.assume_constant_result
+def recorder() -> str | None:
+    """What is recording the calls made now into a program that may run without this package, or None.
+
+    One of "torch.jit.trace", "torch.onnx.export" and "torch.export". The program is for inference.
+    """
+    exporting = torch.compiler.is_exporting()
+    if not exporting and not torch.jit.is_tracing():
+        return None
+    if torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export"
+    return "torch.export" if exporting else "torch.jit.trace"
+
+
 def choose(
     input: Tensor,
     requested: str | None = None,
@@ -293,7 +308,7 @@ def choose(
     A backend asked for, by argument, ``use`` or DEEPCONTROL_BACKEND, is returned or refused with ``RuntimeError``. Else
     a CPU tensor gets "cpu" if the extension is loaded, and a CUDA tensor one of "cuda" and "triton" that has kernels
     for this dtype and layout that are proven on GPUs of this compute capability: the faster one where ``make gpu`` has
-    timed the layer by both, else the first.
+    timed the layer by both, else the first. What ``recorder`` names gets plain PyTorch's ops, "reference".
 
     Args:
         op: "center", "conv_center" or "project_kernel_gradients_".
@@ -302,6 +317,15 @@ def choose(
     """
     name = requested if requested is not None else _preferred
     device = input.device
+    recording = recorder()
+    if recording is not None:
+        if name is None:
+            return "reference"
+        if name != "reference" and recording != "torch.export":
+            raise RuntimeError(
+                f"backend {name!r}: {recording} cannot record its ops; ask for no backend or for 'reference', "
+                "or take the model that to_reference makes"
+            )
     if name is None:
         if device.type == "cpu":
             return _automatic_on_cpu()

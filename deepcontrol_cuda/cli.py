@@ -7,12 +7,17 @@ import importlib.util
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from . import __version__, backends
-from ._ops import extension
+from ._ops import extension, unavailable
+from .conversion import command as conversion
+from .conversion import sources
 from .training import settings
 
 _TRAINING_NEEDS = {
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepcontrol_cuda", description="Deep Control for PyTorch")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    info = commands.add_parser("info", help="print versions, backends and the machine")
+    info = commands.add_parser("info", help="print versions, build, GPUs and what each backend would do")
     info.set_defaults(run=_info)
     demo = commands.add_parser("demo", help="train and time Deep Control against Batch Norm, and write a report")
     demo.add_argument("--output", type=Path, default=Path("report"), help="folder for the report (default: report)")
@@ -51,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evidence.add_argument("--tasks", nargs="+", default=["digits", "shapes"], help="default: digits shapes")
     evidence.add_argument("--seeds", type=int, default=5, help="runs of each setting (default: 5)")
     evidence.set_defaults(run=_evidence)
+    convert = commands.add_parser(
+        "convert", help="replace the Batch Norm of a model, with its weights, and write a file"
+    )
+    conversion.add_arguments(convert)
+    convert.set_defaults(run=_convert)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -62,14 +72,43 @@ def _info(options: argparse.Namespace) -> int:
     from .training.conditions import conditions
 
     rows = conditions()
+    del rows["Deep Control backend"]  # the rows below say more
+    rows["extension"] = f"not loaded: {unavailable}" if extension is None else _build(extension.info())
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        rows[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    rows["for example"] = "3x3 convolution of 64 to 64 channels, float32, channels_last:"
     for name, reason in backends.available().items():
-        rows[f"backend {name}"] = "available" if reason is None else f"not available: {reason}"
-    if extension is not None:
-        rows |= {f"extension, {key}": str(value) for key, value in extension.info().items()}
+        device = "cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+        rows[f"backend {name}"] = _would_do(name, device) if reason is None else f"not available: {reason}"
+    for device in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        rows[f"chosen on {device}"] = _would_do(None, device)
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key.ljust(width)}  {value}")
     return 0
+
+
+def _build(info: dict[str, object]) -> str:
+    kernels = "with CUDA kernels" if info["cuda"] else "without CUDA kernels"
+    return f"compiler {info['compiler']}, {kernels}, on this CPU {info['isa']}"
+
+
+def _would_do(backend: str | None, device: str) -> str:
+    """What a typical layer gets on ``device``, from a backend or by itself."""
+    if backend == "reference":
+        return "plain PyTorch, on any device"
+    try:
+        images = torch.empty(8, 64, 56, 56, device=device, memory_format=torch.channels_last)
+        weight = torch.empty(64, 64, 3, 3, device=device, memory_format=torch.channels_last)
+        found = backends.explain(images, backend, weight=weight, padding=1)
+    except RuntimeError as error:  # one is asked for that does not run there, or the GPU is full
+        return str(error)
+    return (
+        found.removeprefix(f"{backend}, ")
+        .replace(": asked for by the call; ", ": ")
+        .removesuffix(": asked for by the call")
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -119,6 +158,21 @@ def _evidence(options: argparse.Namespace) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail(f"interrupted; the runs that ended are in {options.output}, the same command goes on from them")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    given = vars(options)
+    arguments = conversion.Options(**{field.name: given[field.name] for field in fields(conversion.Options)})
+    try:
+        with warnings.catch_warnings():
+            # Of the packages that build and export models to each other, about what will change in them.
+            warnings.simplefilter("ignore", FutureWarning)
+            print(conversion.run(arguments))
+    except (conversion.Unwritten, sources.InputError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written")
     return 0
 
 

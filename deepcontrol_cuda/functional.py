@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,10 @@ def deep_control(
     _check_tensors(input=input, residual=residual)
     if residual is not None and _autocasting(input):
         residual = residual.to(input.dtype)
+    if torch.jit.is_tracing():
+        return _traced(reference.deep_control, input, backend)(
+            input, gain, mean_scale, bias, residual=residual, activation=activation, negative_slope=negative_slope
+        )
     _check_input(input, None)
     _check_vectors(input, input.shape[1], gain, mean_scale, bias)
     _check_residual(input, residual, input.shape)
@@ -88,10 +92,15 @@ def _deep_control_conv(
     if _autocasting(input):
         input, residual = _autocast(input), _autocast(residual)
         weight_dtype = input.dtype
-        if weight.dtype == torch.float32 and weight_dtype.itemsize == 2:
+        if weight.dtype == torch.float32 and weight_dtype.itemsize == 2 and not torch.jit.is_tracing():
             weight_dtype = torch.float32  # the backend is not chosen yet, and some round it themselves
         else:
             weight = _autocast(weight)
+    if torch.jit.is_tracing():
+        return _traced(reference.deep_control_conv, input, backend)(
+            input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
+            residual=residual, activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
     _check_input(input, rank)
     stride = _tuple("stride", stride, rank, 1)
     dilation = _tuple("dilation", dilation, rank, 1)
@@ -108,7 +117,8 @@ def _deep_control_conv(
     if backend == "reference":
         return reference.deep_control_conv(
             input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
-            residual=residual, activation=activation, negative_slope=negative_slope, projection=projection,
+            residual=residual, activation=activation, negative_slope=negative_slope,
+            projection=0.0 if torch.compiler.is_exporting() else projection,
         )  # fmt: skip
     return autograd.conv_center(
         input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,
@@ -266,6 +276,16 @@ def map_noise(
         return input * factor.to(input.dtype)
     offset = draw(-shift, shift) * factor
     return torch.addcmul(-offset.to(input.dtype), input, factor.to(input.dtype))
+
+
+def _traced(formula: Callable[..., Tensor], input: Tensor, backend: str | None) -> Callable[..., Tensor]:
+    """``formula``, for torch.jit.trace; or a refusal, if a compiled backend is asked for.
+
+    It stands ahead of the checks: while tracing, sizes are tensors, and each comparison of them makes a constant of one
+    and warns.
+    """
+    backends.choose(input, backend)
+    return formula
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

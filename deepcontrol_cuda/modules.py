@@ -100,22 +100,35 @@ class _DeepControl(nn.Module):
         _reset_control(self)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if input.dim() != self.spatial_rank + 2 or input.shape[1] != self.num_features:
+        vectors = self.spatial_rank == 1 and input.dim() == 2
+        if (not vectors and input.dim() != self.spatial_rank + 2) or not self._fits(input):
             raise ValueError(
                 f"input: got shape {tuple(input.shape)}, "
                 f"wanted (N, {self.num_features}, *spatial) with {self.spatial_rank} spatial dimensions"
             )
         mean_scale = self.mean_scale if self.fixed_mean_scale is None else self.fixed_mean_scale
-        return functional.deep_control(
+        if vectors:
+            if self.fixed_mean_scale != 0.0:
+                raise ValueError(
+                    f"input: got shape {tuple(input.shape)}, but vectors have no map whose mean could be taken; wanted "
+                    f"(N, {self.num_features}, L), or a layer made with mean_scale=0.0"
+                )
+            input, residual = input.unsqueeze(-1), None if residual is None else residual.unsqueeze(-1)
+        output = functional.deep_control(
             input, self.gain, mean_scale, self.bias, residual=residual, activation=self.activation,
             negative_slope=self.negative_slope, backend=self.backend,
         )  # fmt: skip
+        return output.squeeze(-1) if vectors else output
+
+    def _fits(self, input: Tensor) -> bool:
+        # While tracing, sizes are tensors, and comparing one makes a constant of it and warns.
+        return torch.jit.is_tracing() or input.shape[1] == self.num_features
 
     def extra_repr(self) -> str:
         return f"{self.num_features}" + ("" if self.bias is not None else ", bias=False") + _control_repr(self)
 
 
-_NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{rank}d`` on maps, behind any layer.
+_NORM_DOC = """Deep Control of maps: drop-in for ``torch.nn.BatchNorm{rank}d`` on maps, behind any layer.
 
     ``act(gain * (input - mean_scale * mean(input)) + bias + residual)``; the mean is per sample and per map, so there
     are no running statistics and no difference between training and evaluation (arXiv 1706.03907, abstract).
@@ -133,7 +146,7 @@ _NORM_DOC = """Deep Control of {shape} maps: drop-in for ``torch.nn.BatchNorm{ra
 
 
 class DeepControl1d(_DeepControl):
-    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L)")
+    __doc__ = _NORM_DOC.format(rank=1, shape="(N, C, L), and with a mean_scale of 0.0 (N, C) too")
     spatial_rank = 1
 
 

@@ -8,13 +8,13 @@ import math
 
 import pytest
 
-from deepcontrol_cuda import __version__, cli
+from deepcontrol_cuda import __version__, _ops, backends, cli
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from deepcontrol_cuda.training import layers, loop, report
+from deepcontrol_cuda.training import fine_tuning, layers, loop, report
 from deepcontrol_cuda.training.data import digits
 
 
@@ -58,6 +58,16 @@ def test_numbers_in_the_report_parse_and_are_those_measured(folder):
         assert float(accuracy) == pytest.approx(run["test_accuracy"], abs=1e-4)
         assert math.isfinite(float(loss))
         assert diverged == "no"
+    tuned = table(text, "fine-tuned")
+    assert [row[0] for row in tuned] == list(fine_tuning.NETWORKS) == [run["network"] for run in results["fine_tuning"]]
+    for row, run in zip(tuned, results["fine_tuning"]):
+        before, converted, first_step, first_epoch, end = row[1:]
+        assert float(before) == float(converted) == pytest.approx(run["before"], abs=1e-4)
+        assert float(first_step) == pytest.approx(run["first_step"], abs=1e-4)
+        assert float(end) == pytest.approx(run["end"], abs=1e-4)
+        # Four steps are no epoch.
+        assert first_epoch == "-"
+        assert run["deviation"] <= 1e-5
     timings = table(text, "layer")
     assert len(timings) == 1
     spread = timings[0].pop(-2)
@@ -110,8 +120,19 @@ def test_missing_package_is_named(monkeypatch, tmp_path, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    for expected in (__version__, "threads", "backend reference", "backend cpu"):
-        assert expected in out
+    rows = {line[:20].split("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()}
+    assert __version__ in rows["deepcontrol_cuda"]
+    assert "threads" in rows["CPU"]
+    assert "plain PyTorch" in rows["backend reference"]
+    info = _ops.extension.info()
+    assert info["isa"] in rows["extension"]
+    assert rows["backend cpu"] == f"{info['isa']} kernels around oneDNN"
+    for name, reason in backends.available().items():
+        assert (reason is None) != (rows[f"backend {name}"] == f"not available: {reason}")
+    assert rows["chosen on cpu"].startswith("cpu, ")
+    with backends.use("reference"):
+        assert cli.main(["info"]) == 0
+    assert "chosen on cpu      reference: asked for by backends.use" in capsys.readouterr().out
 
 
 def test_no_command_is_bad_usage(capsys):

@@ -52,6 +52,30 @@ def vectors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in module.named_parameters() if name != "weight"}
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_vectors_are_maps_of_one_pixel(backend):
+    """As ``BatchNorm1d`` does, ``DeepControl1d`` takes (N, C), where it leaves the mean in."""
+    norm = shaken(dc.DeepControl1d(4, mean_scale=0.0, activation="silu", backend=backend).double())
+    x, residual = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    got = norm(x, residual)
+    torch.testing.assert_close(got, nn.functional.silu(x * norm.gain + norm.bias + residual))
+    torch.testing.assert_close(got, norm(x.unsqueeze(-1), residual.unsqueeze(-1)).squeeze(-1), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(norm, (x, residual))
+    assert norm(x[:0]).shape == (0, 4)
+
+
+def test_vectors_have_no_mean():
+    for mean_scale in (True, False, 0.5):
+        with pytest.raises(ValueError, match=r"\(5, 4\), but vectors have no map.*\(N, 4, L\).*mean_scale=0\.0"):
+            dc.DeepControl1d(4, mean_scale=mean_scale)(torch.ones(5, 4))
+    with pytest.raises(ValueError, match=r"\(5, 3\), wanted \(N, 4, \*spatial\)"):
+        dc.DeepControl1d(4, mean_scale=0.0)(torch.ones(5, 3))
+    with pytest.raises(ValueError, match=r"\(5, 4\), wanted \(N, 4, \*spatial\) with 2"):
+        dc.DeepControl2d(4, mean_scale=0.0)(torch.ones(5, 4))
+    with pytest.raises(ValueError, match="residual: got shape"):
+        dc.DeepControl1d(4, mean_scale=0.0)(torch.ones(5, 4), torch.ones(5, 3))
+
+
 @ranks
 def test_arguments_stand_where_torch_has_them(rank):
     conv, plain = CONVS[rank]

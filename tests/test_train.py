@@ -26,8 +26,8 @@ pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from deepcontrol_cuda import cli
-from deepcontrol_cuda.training import checkpoint, data, distributed, files, log, pictures, settings, trainer
+from deepcontrol_cuda import cli, files
+from deepcontrol_cuda.training import checkpoint, data, distributed, log, pictures, settings, trainer
 from deepcontrol_cuda.training.errors import TrainingError
 from deepcontrol_cuda.training.methods import METHODS
 from deepcontrol_cuda.training.threads import one_thread

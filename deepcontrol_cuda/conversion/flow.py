@@ -26,9 +26,8 @@ class Forward:
 
     Attributes:
         name: the module's.
-        graph: what it does. Made from records, or guessed, it holds modules and their order alone.
+        graph: what it does. If a run was watched it holds modules alone.
         fixed: why the forward cannot be written anew, None if it can.
-        source: "trace", "example" (one run was watched) or "registration" (modules in the order of registration).
         called: the name of the module that a node calls.
         shapes: what each node gave in the run of the example, where it was one tensor.
     """
@@ -36,7 +35,6 @@ class Forward:
     name: str
     graph: fx.Graph
     fixed: str | None
-    source: str
     called: dict[fx.Node, str] = field(default_factory=dict)
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
 
@@ -47,8 +45,7 @@ class Flow:
     Args:
         model: any module.
         example: its argument, or a tuple or list of them, or a mapping of keyword arguments; or None. Forwards that
-            ``torch.fx`` cannot trace are watched in one run with it; else the order in which modules are registered
-            tells which norm follows which convolution.
+            ``torch.fx`` cannot trace are watched in one run with it.
     """
 
     def __init__(self, model: nn.Module, example: Any = None) -> None:
@@ -68,9 +65,6 @@ class Flow:
                 self._trace(name, module)
         if example is not None:
             self._watch(example)
-        for name in self.failures:
-            if name not in self.forwards:
-                self._guess(name)
         self.calls: dict[str, list[tuple[Forward, fx.Node]]] = defaultdict(list)
         for forward in self.forwards.values():
             for node, called in forward.called.items():
@@ -86,7 +80,7 @@ class Flow:
             what = str(error).splitlines()[0][:80] if str(error) else ""
             self.failures[name] = f"cannot be traced ({type(error).__name__}: {what})"
             return
-        self._add(Forward(name, graph, fixed, "trace"), module)
+        self._add(Forward(name, graph, fixed), module)
 
     def _add(self, forward: Forward, module: nn.Module) -> None:
         for node in forward.graph.nodes:
@@ -123,7 +117,7 @@ class Flow:
         self.sizes = watch.sizes
         for name in self.failures:
             if (graph := watch.graph(name)) is not None:
-                self._add(Forward(name, graph, self.failures[name], "example"), self.root.get_submodule(name))
+                self._add(Forward(name, graph, self.failures[name]), self.root.get_submodule(name))
 
     def _shapes(self, forward: Forward, arguments: tuple) -> None:
         module = self.root.get_submodule(forward.name)
@@ -136,30 +130,12 @@ class Flow:
             if hasattr(meta, "shape"):
                 forward.shapes[node] = meta.shape
 
-    def _guess(self, name: str) -> None:
-        """A graph in which each norm follows the convolution registered right before it, if that fits."""
-        module = self.root.get_submodule(name)
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        before: tuple[nn.Module, fx.Node] | None = None
-        for child_name, child in module.named_children():
-            norm = as_norm(child)
-            follows = norm is not None and before is not None and _fits(before[0], norm.features)
-            node = graph.call_module(child_name, (before[1] if follows else x,))
-            before = (child, node)
-        graph.output(x)
-        self._add(Forward(name, graph, self.failures[name], "registration"), module)
-
 
 def call(model: nn.Module, example: Any) -> Any:
     """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(example, Mapping):
         return model(**example)
     return model(*(example if isinstance(example, (tuple, list)) else (example,)))
-
-
-def _fits(module: nn.Module, features: int) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.out_channels == features
 
 
 def _trace(module: nn.Module) -> tuple[fx.Graph, str | None]:
@@ -230,6 +206,9 @@ def _elsewhere(*values: Any) -> None:
     """What stands in a graph for everything that a watched forward did with tensors outside of its modules."""
 
 
+_QUESTIONS = ("__get__", "__len__", "dim", "is_contiguous", "is_floating_point", "numel", "size", "stride")
+
+
 class _Watch(TorchFunctionMode):
     """Records the sizes of what norms are given and, for the forwards in ``watched``, which tensor went where."""
 
@@ -271,7 +250,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
+        # To ask for a shape is no use of a tensor.
+        asks = getattr(function, "__name__", "") in _QUESTIONS and not _tensors(output)
+        if not asks and self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
             self.events[self.stack[-1]].append((None, _tensors((args, kwargs)), output))
         return output
 

@@ -33,7 +33,9 @@ class Rewritten:
     _imports: tuple[_Import, ...]
 
     def __reduce_ex__(self, protocol):
-        return rebuild, (self._original, self._source, self._imports, self._fused), self.__dict__.copy()
+        own = getattr(self._original, "__getstate__", None)
+        state = self.__dict__.copy() if own is None else own(self)  # before Python 3.11 object has none
+        return rebuild, (self._original, self._source, self._imports, self._fused), state
 
 
 def subclass(original: type, graph: fx.Graph, fused: tuple[str, ...]) -> type:

@@ -64,9 +64,7 @@ def as_norm(module: nn.Module) -> Norm | None:
         return None
     if kind.__name__ == "BatchNormAct2d":
         return _with_activation(module, module.num_features, frozen=False)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        obstacle = "lazy and without parameters yet; run a batch through the model first"
-    elif parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module):
         obstacle = "its parameters are computed (parametrized)"
     else:
         obstacle = f"a subclass of {kind.__mro__[1].__name__} that may compute something else"

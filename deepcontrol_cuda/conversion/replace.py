@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import calibrate, modules
 from . import layers, measure, optimizers, rewrite
@@ -59,8 +60,7 @@ def replace_conv_bn(
     itself (``out += x``, ``F.relu``, an activation module called twice), the module gets a generated subclass of its
     class whose forward lets the layer do it; it keeps the branches and constants that the forward has now. Forwards
     with optional arguments, or that ask for types or for ``training``, are not written anew. A forward that cannot be
-    traced is watched in one run of ``example``; without one, a norm registered right behind a convolution is taken to
-    be called behind it, and the report says so.
+    traced is watched in one run of ``example``; without one its norms are replaced alone.
 
     Names, devices, dtypes, memory formats, training modes and hooks stay; the layer holds the very kernel of the
     convolution. Convert before ``torch.compile``, DDP or FSDP, and load state dicts of the old model with
@@ -70,12 +70,12 @@ def replace_conv_bn(
         model: any module.
         method: "deep_control" or "mean_shift_rejection".
         initialization: "fresh", to train anew: gain 1, mean_scale 1, bias 0, kernels as they are; or Mean Shift
-            Rejection's own kernels, scales of 0.8 and a bias at the input alone. "folded", for trained models: computes
-            what the model computes in ``eval()``; ``gain = gamma / sigma, mean_scale = 0, bias = beta + gamma
+            Rejection's own kernels, scales of 0.8 and a bias at the input alone. "folded", for trained models, computes
+            what the model computes in ``eval()``: ``gain = gamma / sigma, mean_scale = 0, bias = beta + gamma
             (conv.bias - mu) / sigma``. "calibrated": kernels as they are, means taken out (``mean_scale = 1``), gain
-            and bias such that on ``example`` every map has the deviation ``gamma`` and the mean ``beta``, as behind Batch
-            Norm in training. In all cases gain, mean_scale and bias are learned, unless the norm's weight was frozen.
-            Vectors and maps of one pixel, which are their own mean, keep it: mean_scale is fixed at 0.
+            and bias such that over ``example`` every channel has the deviation ``gamma`` and the mean ``beta``, as
+            behind Batch Norm in training. In all cases gain, mean_scale and bias are learned, unless the norm's weight
+            was frozen. Vectors and maps of one pixel are their own mean and keep it: mean_scale is fixed at 0.
         select: which norms: a glob pattern or several for the name of the norm or of its convolution, or a function of
             the norm's name and module. None: all.
         example: the model's argument, a tuple or list of arguments or a mapping of keyword arguments. "calibrated"
@@ -101,7 +101,7 @@ def replace_conv_bn(
     _fill(report, flow, plan, example)
     report._old = flow.root.to("meta")
     if dry_run:
-        report.model = model
+        report.model, report._sources = model, []
     elif inplace:
         changed, changes = _apply(model, plan, method, initialization)
         changed.load_state_dict(result.state_dict())
@@ -159,6 +159,8 @@ def _check(model, method, initialization, example, optimizer, inplace) -> None:
         raise TypeError("model: got one that torch.compile wraps; convert the module in it, then compile")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model: got a {type(model).__name__}; convert its .module, then wrap")
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise TypeError("model: got one with sharded parameters (DTensor); convert, then shard")
     for name, module in model.named_modules():
         where = f"model: {name or 'it'} is"
         if isinstance(module, torch.jit.ScriptModule):
@@ -166,6 +168,9 @@ def _check(model, method, initialization, example, optimizer, inplace) -> None:
         kind = type(module).__module__
         if ".quantized" in kind or ".intrinsic" in kind or ".nn.qat" in kind:
             raise TypeError(f"{where} quantized ({type(module).__name__}); convert the float model, then quantize it")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TypeError(f"model: {name} is lazy and has no values yet; run a batch through the model first")
     if inplace and as_norm(model) is not None:
         raise ValueError(
             f"inplace: got True for a {type(model).__name__} alone, which cannot change its class; use False"
@@ -204,7 +209,7 @@ def _selected(found: list[Site | Left], select: Selection | None) -> list[Site |
     if callable(select):
         keep = [bool(select(item.norm_name, item.norm.module)) for item in found]
     else:
-        patterns = [select] if isinstance(select, str) else list(select)
+        patterns = [select] if isinstance(select, str) or not isinstance(select, Sequence) else list(select)
         names = [{item.norm_name, getattr(item, "conv_name", None) or item.norm_name} for item in found]
         for pattern in patterns:
             if not isinstance(pattern, str):

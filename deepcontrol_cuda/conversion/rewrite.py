@@ -85,31 +85,37 @@ def _graph(rewriting: Rewriting) -> fx.Graph:
     root = rewriting.forward.name
     new: dict[fx.Node, fx.Node] = {}
 
-    def replace(nodes: list[fx.Node], target: str, added: fx.Node | None) -> None:
+    def replace(nodes: list[fx.Node], at: fx.Node, target: str, added: fx.Node | None) -> None:
         chain = [copies[node] for node in nodes]
-        new[nodes[-1]] = _replace(graph, chain, target, added)
+        new[nodes[-1]] = _replace(graph, chain, copies[at], target, added)
 
     def added_to(site: Site) -> fx.Node:
         residual = site.sum.residual
         return new.get(residual, copies[residual])
 
     for site in rewriting.merged:
-        here = site.sum is not None and site.sum.forward is rewriting.forward
-        added = added_to(site) if here else residual if site.nodes[0] is rewriting.handed_on else None
-        replace([*site.nodes, *(site.sum.nodes if here else [])], _relative(site.place, root), added)
+        target = _relative(site.place, root)
+        if site.sum is not None and site.sum.forward is rewriting.forward:
+            nodes = [*site.nodes, *site.sum.nodes]
+            replace(nodes, nodes[-1], target, added_to(site))
+        else:
+            # Where the convolution was: what it reads may change before the next call.
+            replace(site.nodes, site.nodes[0], target, residual if site.nodes[0] is rewriting.handed_on else None)
     for site in rewriting.summed:
-        replace([site.sum.call, *site.sum.nodes], site.sum.call.target, added_to(site))
+        nodes = [site.sum.call, *site.sum.nodes]
+        replace(nodes, nodes[-1], site.sum.call.target, added_to(site))
     if rewriting.handed_on is not None and rewriting.handed_on not in [site.nodes[0] for site in rewriting.merged]:
         node = copies[rewriting.handed_on]
         node.kwargs = {**node.kwargs, "residual": residual}
     return graph
 
 
-def _replace(graph: fx.Graph, nodes: list[fx.Node], target: str, residual: fx.Node | None) -> fx.Node:
-    """One call of ``target`` in place of a chain of calls, where the last of them is."""
+def _replace(graph: fx.Graph, nodes: list[fx.Node], at: fx.Node, target: str, residual: fx.Node | None) -> fx.Node:
+    """One call of ``target`` in place of a chain of calls, where ``at`` is."""
     first, last = nodes[0], nodes[-1]
-    with graph.inserting_before(last):
-        node = graph.call_module(target, first.args, {} if residual is None else {"residual": residual})
+    kwargs = first.kwargs if residual is None else {**first.kwargs, "residual": residual}
+    with graph.inserting_before(at):
+        node = graph.call_module(target, first.args, kwargs)
     last.replace_all_uses_with(node)
     for old in reversed(nodes):
         graph.erase_node(old)

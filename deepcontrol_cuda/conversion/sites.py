@@ -33,8 +33,9 @@ _FUNCTIONS = {
     F.hardswish: "hardswish",
 }
 _METHODS = {"relu": "relu", "relu_": "relu"}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 _IN_PLACE_SUMS = (operator.iadd, "add_")
+_KEEP_SHAPE = (nn.Dropout, *_MODULES)
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _POOL_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
@@ -211,12 +212,7 @@ class Finder:
             return reason
         site.conv_name = name
         site.nodes = [source, *identities, node]
-        if forward.source == "registration":
-            return f"by order of registration, as {self._why_not_traced(forward)}; an example would tell for sure"
         return ""
-
-    def _why_not_traced(self, forward: Forward) -> str:
-        return f"the forward of {forward.name or 'the model'} {forward.fixed}"
 
     def _why_not_mergeable(self, forward: Forward, name: str) -> str | None:
         conv = self._module(name)
@@ -240,8 +236,12 @@ class Finder:
     def _rank_in_front(self, site: Site) -> int | None:
         if site.forward is None:
             return None
-        name = site.forward.called.get(self._previous(site.forward, site.nodes[0])[1])
-        module = None if name is None else self._module(name)
+        module, source = None, site.nodes[0]
+        while module is None or isinstance(module, _KEEP_SHAPE):
+            source = self._previous(site.forward, source)[1]
+            if (name := site.forward.called.get(source)) is None:
+                return None
+            module = self._module(name)
         if isinstance(module, (nn.Linear, nn.Flatten)):
             return 0
         return len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else None
@@ -288,7 +288,7 @@ class Finder:
         if (name := forward.called.get(node)) is not None:
             module = self._module(name)
             return None if _has_hooks(module) else _activation_of(module)
-        if node.target in (F.leaky_relu,):
+        if node.target is F.leaky_relu:
             slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
             return Activation("leaky_relu", slope) if isinstance(slope, float) else None
         if node.op == "call_function" and node.target is F.gelu and node.kwargs.get("approximate", "none") != "none":
@@ -297,7 +297,9 @@ class Finder:
         return Activation(names[node.target]) if node.target in names else None
 
     def _take_sum(self, forward: Forward, node: fx.Node, ends: dict[fx.Node, Site]) -> None:
-        if node.target not in _SUMS or node.kwargs or len(node.all_input_nodes) != 2 or len(node.args) != 2:
+        if node.target not in _SUMS.get(node.op, ()):
+            return
+        if node.kwargs or len(node.args) != 2 or len(node.all_input_nodes) != 2:  # scaled, or of a tensor and a number
             return
         order = {n: i for i, n in enumerate(forward.graph.nodes)}
         found = []
@@ -309,7 +311,7 @@ class Finder:
             site, call, through = self._summand(forward, source, ends)
             if site is None or not self._fits(forward, node, residual):
                 continue
-            if any(order[call] < order[n] < order[node] for i in call.all_input_nodes for n in i.users):
+            if any(order[call] < order[n] < order[node] for i in call.all_input_nodes for n in self._users(forward, i)):
                 continue  # between its old place and the new one something may change what it reads
             found.append((site, Sum(forward, call, [*identities, node], residual, through)))
         if not found:
@@ -355,6 +357,11 @@ class Finder:
         """Whether the residual has the shape of the sum; without an example that is assumed."""
         shapes = forward.shapes
         return residual not in shapes or node not in shapes or shapes[residual] == shapes[node]
+
+    def _users(self, forward: Forward, node: fx.Node) -> list[fx.Node]:
+        """What takes the output of ``node``, and in place of identities what takes theirs."""
+        users = ([n] if not self._is_identity(forward, n) else self._users(forward, n) for n in node.users)
+        return [user for found in users for user in found]
 
     def _is_identity(self, forward: Forward, node: fx.Node | None) -> bool:
         if forward.called.get(node) is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import files
+from .. import files
 from .errors import TrainingError
 
 _FORMAT = "deepcontrol_cuda train, 1"

@@ -45,6 +45,27 @@ def load(path: Path, size: int, workers: int) -> DataSet:
     return DataSet("imagefolder", len(classes), *parts, mean, std, digest.hexdigest())
 
 
+def sample(folder: Path, size: int, count: int) -> Tensor:
+    """Up to ``count`` of the images below ``folder``, spread evenly over them: (N, 3, size, size) float32.
+
+    Cropped as for testing, normalised with the mean and deviation of ImageNet's.
+
+    Raises:
+        TrainingError: there is no such folder, no image in it, or one that cannot be read.
+    """
+    try:
+        files = sorted(_images(folder))
+    except OSError as error:
+        raise TrainingError(f"--images: {error.filename}: {error.strerror}; wanted a folder of images") from error
+    if not files:
+        raise TrainingError(f"--images: {folder} holds no images ({', '.join(_SUFFIXES)})")
+    files = files[:: max(1, len(files) // count)][:count]
+    chunk = torch.arange(len(files))
+    (images, _), *_ = ImageFiles(files, torch.zeros_like(chunk), size, workers=0).batches([chunk], None)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (_MEAN, _STD))
+    return (images.float() - mean) / std
+
+
 def _classes(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

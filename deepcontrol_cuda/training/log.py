@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import files, pictures
+from .. import files
+from . import pictures
 
 LOG = "log.jsonl"
 CURVES = "curves.png"

@@ -17,7 +17,7 @@ from .threads import one_thread
 
 _METHODS = [METHODS[name] for name in ("batch_norm", "deep_control_uncalibrated", "deep_control", "none")]
 NETWORKS = {method.label: method for method in _METHODS}
-_MOMENTUM = 0.9
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,54 @@ def train(
 ) -> Run:
     """Train ``network`` and test it, in one thread; networks of one seed see the same images in the same order."""
     model = build(network, seed, data)
-    optimizer = torch.optim.SGD(model.parameters(), setting.learning_rate, _MOMENTUM)
+    optimizer = torch.optim.SGD(model.parameters(), setting.learning_rate, MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.steps)
+    losses, diverged_at = fit(model, optimizer, schedule, setting, seed, data, on_step)
+    found = None if diverged_at is not None else accuracy(model, data)
+    if diverged_at is None and found is None:
+        diverged_at = setting.steps
+    return Run(str(setting), network, seed, losses, diverged_at, found)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    setting: Setting,
+    seed: int,
+    data: DataSet,
+    on_step: Callable[[], object] = lambda: None,
+) -> tuple[list[float], int | None]:
+    """Train ``model`` with the batches and steps of ``setting``, the images in the order of ``seed``.
+
+    Args:
+        on_step: is called after each step.
+
+    Returns:
+        The loss of each step, and the step whose loss was not finite, which ends the training, or None.
+    """
     images, labels = data.normalise(data.train.images), data.train.labels
     batches = (batch for epoch in itertools.count() for batch in data.order(seed, epoch, setting.batch_size))
     losses: list[float] = []
     for step, batch in zip(range(setting.steps), batches, strict=False):
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         if not math.isfinite(loss.item()):
-            return Run(str(setting), network, seed, losses, diverged_at=step, test_accuracy=None)
+            return losses, step
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         on_step()
-    model.eval()
-    with torch.no_grad():
-        logits = model(data.normalise(data.test.images))
+    return losses, None
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: DataSet) -> float | None:
+    """Share of the test images that ``model`` is right on in ``eval()``; None if an output is not finite."""
+    training = model.training
+    logits = model.eval()(data.normalise(data.test.images))
+    model.train(training)
     if not logits.isfinite().all():
-        return Run(str(setting), network, seed, losses, diverged_at=setting.steps, test_accuracy=None)
-    accuracy = (logits.argmax(1) == data.test.labels).float().mean().item()
-    return Run(str(setting), network, seed, losses, None, accuracy)
+        return None
+    return (logits.argmax(1) == data.test.labels).float().mean().item()

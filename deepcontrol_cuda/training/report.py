@@ -6,7 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import files, pictures
+from .. import files
+from . import pictures
+from .fine_tuning import NETWORKS as CONVERTED
+from .fine_tuning import FineTuning
 from .layers import LAYERS, PASSES, Timing
 from .loop import NETWORKS, Run
 from .table import markdown_table
@@ -14,11 +17,17 @@ from .table import markdown_table
 
 @dataclass
 class Results:
-    """Everything that was measured, and how. ``complete`` turns true when nothing is missing."""
+    """Everything that was measured, and how. ``complete`` turns true when nothing is missing.
+
+    Args:
+        method, fine_tuning_method: what is said about the trainings.
+    """
 
     conditions: dict[str, str]
     method: list[str]
+    fine_tuning_method: str
     runs: list[Run] = field(default_factory=list)
+    fine_tuning: list[FineTuning] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     complete: bool = False
 
@@ -52,6 +61,18 @@ def training_table(runs: list[Run]) -> str:
     return markdown_table(lines)
 
 
+def fine_tuning_table(runs: list[FineTuning]) -> str:
+    """Markdown: one line for each network, the seeds side by side; accuracies before and after a conversion."""
+    seeds = sorted({run.seed for run in runs})
+    lines = [["fine-tuned", f"before ({_seeds(seeds)})", "converted", "after 1 step", "after 1 epoch", "at the end"]]
+    for network in CONVERTED:
+        cell = [run for run in runs if run.network == network]
+        times = ("before", "converted", "first_step", "first_epoch", "end")
+        accuracies = [[getattr(run, time) for run in cell] for time in times]
+        lines.append([network, *(" / ".join("-" if a is None else f"{a:.4f}" for a in row) for row in accuracies)])
+    return markdown_table(lines)
+
+
 def layer_table(timings: list[Timing], mode: str) -> str:
     """Markdown: milliseconds of each layer, ratios, the largest spread and the largest error against float64."""
     plain, batch_norm, deep_control = LAYERS
@@ -74,6 +95,10 @@ def _markdown(results: Results) -> str:
     if results.runs:
         parts += ["## Training", *results.method, training_table(results.runs)]
         parts += ["Training loss, smoothed; one line for each seed.", "![loss curves](losses.png)"]
+    if results.fine_tuning:
+        parts += ["## Fine-tuning", results.fine_tuning_method, fine_tuning_table(results.fine_tuning)]
+        worst = max(run.deviation for run in results.fine_tuning)
+        parts.append(f"Largest difference that a conversion made to an output: {worst:.0e} of the largest.")
     if results.timings:
         parts += ["## Layers", _LAYERS_TEXT]
         for mode in PASSES:

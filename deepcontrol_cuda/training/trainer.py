@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checkpoint, distributed, files
+from .. import files
+from . import checkpoint, distributed
 from . import data as datasets
 from . import settings as options
 from .conditions import conditions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import files
+from ... import files
 from ..conditions import conditions
 from ..errors import TrainingError
 from ..threads import one_thread

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import files
+from ... import files
 from ..methods import METHODS
 from ..table import markdown_table
 from . import claims, pictures, text
