@@ -82,10 +82,7 @@ def _recording(*tensors: Tensor | None) -> bool:
     # An exported program holds the op without its Function, so what backward needs would be of no use there.
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _differentiable(*gradients_of_intermediates: Tensor | None) -> bool:
