@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import generated
 from .norms import as_norm
@@ -149,7 +149,11 @@ class Flow:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    It gets a copy, which its forward may change in place.
+    """
+    example = tree_map_only(Tensor, torch.clone, example)
     if isinstance(example, Mapping):
         return model(**example)
     return model(*(example if isinstance(example, (tuple, list)) else (example,)))
@@ -164,6 +168,8 @@ def _trace(module: nn.Module) -> tuple[fx.Graph, str | None, list[fx.Graph]]:
     fixed = tracer.doubt
     if fixed is None and _state(module) != state:
         fixed = "it changes attributes or makes tensors of its own"
+    if fixed is None and isinstance(module, fx.GraphModule):
+        fixed = "it is a GraphModule, whose class is its own"
     if fixed is None and any(_optional(node) for node in graph.nodes if node.op == "placeholder"):
         fixed = "it has optional arguments"
     variants = []

@@ -37,6 +37,7 @@ _SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method
 _IN_PLACE_SUMS = (operator.iadd, "add_")
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _POOL_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_STATE_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") and "state_dict" in name]
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class Finder:
             return f"{type(conv).__name__} in front, and only Conv1d, Conv2d and Conv3d are merged"
         if (reason := self._why_not_alone(name)) is not None:
             return reason
+        if conv._buffers or conv._modules or any(getattr(conv, hooks) for hooks in _STATE_HOOKS):
+            return f"{name} has buffers, modules or hooks on its state dict"
         if not conv.weight.is_floating_point():
             return f"{name} has a kernel of dtype {conv.weight.dtype}"
         return None
