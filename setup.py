@@ -42,7 +42,9 @@ GIBIBYTE = 2**30
 # Compute capability 9.0 with the instructions that no other has.
 SM90A = "9.0a"
 # -g0: CPython's own flags may ask for debug information, which makes the extension ten times as large.
-CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
+# Of an optimisation level in CXXFLAGS, which comes ahead of these, the level here would make nothing.
+_LEVELS = [flag for flag in os.environ.get("CXXFLAGS", "").split() if flag.startswith("-O")]
+CXX_FLAGS = [*(_LEVELS or ["-O3"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 
 

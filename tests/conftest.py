@@ -85,7 +85,7 @@ _INTERPRETED = {
             test_center and f32 and not large or test_center and residual-silu or large_maps and relu and f32
             or test_window_mean and f32 and not 3d-contiguous
             or project or one_pixel or edge or strange or raw_ops or no_channels or squeezed
-            or small_gains or in_place or bits_unpack or nan or bit_equal and contiguous
+            or small_gains or in_place or bits_unpack or nan or bit_equal and contiguous and f32
             or a_sample_does_not
         )
         or test_autograd and (

@@ -257,7 +257,7 @@ def test_window_mean(backend, dtype, channels_last, rank, poisoned_memory):
         (3, 1, 1, 1),
         (3, 2, 1, 1),
         (2, 3, 0, 2),
-        (5, 1, 4, 1),
+        (5, 1, 4, 1) if rank < 3 else (3, 1, 2, 1),  # 125 taps would take minutes where programs are interpreted
         (1, 2, 0, 1),
     ):
         steps = [(v,) * rank for v in (kernel, stride, padding, dilation)]

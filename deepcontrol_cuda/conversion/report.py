@@ -62,7 +62,8 @@ class Report:
     _sources: list[checkpoints.Source] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left", *self.notes]
+        what = f"{self.method}, initialization {self.initialization}"
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left: {what}", *self.notes]
         if self.activation_bytes_before:
             before, after = self.activation_bytes_before, self.activation_bytes_after
             ratio = f" ({after / before:.2f})"

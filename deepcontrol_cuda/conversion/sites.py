@@ -35,6 +35,7 @@ _FUNCTIONS = {
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _SUMS = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 _IN_PLACE_SUMS = (operator.iadd, "add_")
+_KEEP_SHAPE = (nn.Dropout, *_MODULES)
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _POOL_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _STATE_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") and "state_dict" in name]
@@ -267,8 +268,12 @@ class Finder:
     def _rank_in_front(self, site: Site) -> int | None:
         if site.forward is None:
             return None
-        name = site.forward.called.get(self._previous(site.forward, site.nodes[0])[1])
-        module = None if name is None else self._module(name)
+        module, source = None, site.nodes[0]
+        while module is None or isinstance(module, _KEEP_SHAPE):
+            source = self._previous(site.forward, source)[1]
+            if (name := site.forward.called.get(source)) is None:
+                return None
+            module = self._module(name)
         if isinstance(module, (nn.Linear, nn.Flatten)):
             return 0
         return len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else None
@@ -339,7 +344,7 @@ class Finder:
             site, call, through = self._summand(forward, source, ends)
             if site is None or not self._fits(forward, node):
                 continue
-            if any(order[call] < order[n] < order[node] for i in call.all_input_nodes for n in i.users):
+            if any(order[call] < order[n] < order[node] for i in call.all_input_nodes for n in self._users(forward, i)):
                 continue  # between its old place and the new one something may change what it reads
             found.append((site, Sum(forward, call, node, [*identities, node], residual, through)))
         if not found:
@@ -386,6 +391,11 @@ class Finder:
         if node not in forward.shapes:
             return all(operand.op != "get_attr" for operand in node.args)
         return all(forward.shapes.get(operand) == forward.shapes[node] for operand in node.args)
+
+    def _users(self, forward: Forward, node: fx.Node) -> list[fx.Node]:
+        """What takes the output of ``node``, and in place of identities what takes theirs."""
+        users = ([n] if not self._is_identity(forward, n) else self._users(forward, n) for n in node.users)
+        return [user for found in users for user in found]
 
     def _is_identity(self, forward: Forward, node: fx.Node | None) -> bool:
         if forward.called.get(node) is None:
