@@ -299,14 +299,6 @@ class Head(Block):
         return found["normed"] * found["raw"]
 
 
-class KeepsTheConvolution(Block):
-    def forward(self, x):
-        self.kept = self.conv1(x)
-        out = self.bn1(self.kept) * self.kept
-        del self.kept
-        return out
-
-
 class OptionalBranch(Block):
     def forward(self, x, alone=None):
         z = self.conv1(x)
@@ -316,13 +308,10 @@ class OptionalBranch(Block):
 class HeldInAList(Block):
     def __init__(self) -> None:
         super().__init__()
-        self.chain = [self.conv1, self.relu]
+        self.hidden = [self.conv1]
 
     def forward(self, x):
-        z = x
-        for module in self.chain:
-            z = module(z)
-        return self.bn1(z)
+        return self.bn1(self.hidden[0](x))
 
 
 class UsesTheConvolutionsTensors(Block):
@@ -354,7 +343,7 @@ BLOCKS = [
     ConvIsUsedTwice, SharedConv, SharedNorm, PreActivation, InputChangesBehindTheConvolution, SumOverwritesTheShortcut,
     SumOverwritesTheArgument, SameOperands, Scaled, Keywords, AsksForTheType, DependsOnTraining, MakesATensor,
     Optional, Untraceable, Nested, ModuleNamedAdd, ShortcutChangesBehindTheSum, SumIntoAView, WithoutGradient, Head,
-    KeepsTheConvolution, OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance, AddsAParameter,
+    OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance, AddsAParameter,
 ]  # fmt: skip
 
 
@@ -423,6 +412,19 @@ def test_norms_that_no_other_module_can_stand_for_are_left(how):
     report = replace_conv_bn(model)
     assert [row.norm for row in report.left] == ["1"]
     assert type(report.model[1]) is nn.BatchNorm2d
+
+
+def test_what_a_forward_keeps_stays_what_it_was():
+    class Keeps(Block):
+        def forward(self, x):
+            self.kept = self.conv1(x)
+            return self.bn1(self.kept)
+
+    model = trained(Keeps()).requires_grad_(False)
+    converted = replace_conv_bn(model, initialization="folded").model
+    x = torch.randn(2, 4, 6, 6)
+    assert relative_error(converted(x), model(x)) <= 1e-6
+    assert relative_error(converted.kept, model.kept) <= 1e-6
 
 
 def test_what_a_forward_appends_to_a_list_it_still_appends():
