@@ -299,6 +299,15 @@ class Head(Block):
         return found["normed"] * found["raw"]
 
 
+class CallsWhatIsInASequence(Block):
+    """Cannot be traced, and calls the modules of a container one by one."""
+
+    def forward(self, x):
+        z = self.downsample[0](x)
+        y = self.downsample[1](z)
+        return y * z if y.sum() < 1e9 else y
+
+
 class OptionalBranch(Block):
     def forward(self, x, alone=None):
         z = self.conv1(x)
@@ -343,7 +352,8 @@ BLOCKS = [
     ConvIsUsedTwice, SharedConv, SharedNorm, PreActivation, InputChangesBehindTheConvolution, SumOverwritesTheShortcut,
     SumOverwritesTheArgument, SameOperands, Scaled, Keywords, AsksForTheType, DependsOnTraining, MakesATensor,
     Optional, Untraceable, Nested, ModuleNamedAdd, ShortcutChangesBehindTheSum, SumIntoAView, WithoutGradient, Head,
-    OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance, AddsAParameter,
+    CallsWhatIsInASequence, OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance,
+    AddsAParameter,
 ]  # fmt: skip
 
 
@@ -414,6 +424,20 @@ def test_norms_that_no_other_module_can_stand_for_are_left(how):
     assert type(report.model[1]) is nn.BatchNorm2d
 
 
+def test_a_method_that_a_forward_calls_stays_right():
+    class Features(Block):
+        def features(self, x):
+            return F.silu(self.bn1(self.conv1(x)) + x)
+
+        def forward(self, x):
+            return self.features(x).mean((2, 3))
+
+    model = trained(Features())
+    converted = replace_conv_bn(model, initialization="folded").model
+    x = torch.randn(2, 4, 6, 6)
+    assert relative_error(converted.features(x), model.features(x)) <= 1e-6
+
+
 def test_what_a_forward_keeps_stays_what_it_was():
     class Keeps(Block):
         def forward(self, x):
@@ -441,6 +465,21 @@ def test_what_a_forward_appends_to_a_list_it_still_appends():
     already = len(converted.collected)
     converted(torch.randn(1, 4, 6, 6))
     assert len(converted.collected) == already + 1
+
+
+def test_a_module_that_is_called_twice_with_other_sizes():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Basic()
+            self.head = nn.Conv2d(4, 4, 6)
+
+        def forward(self, x):
+            return self.head(self.block(x)) + self.head(self.block(x[:, :, :6, :6]))
+
+    model = trained(Twice()).double()
+    x = torch.randn(1, 4, 9, 9).double()
+    assert_same_function(model, replace_conv_bn(model, initialization="folded", example=x).model, x)
 
 
 def test_a_sum_along_one_side_is_seen_with_an_example():

@@ -68,6 +68,8 @@ class Flow:
         # Their parameters are used by the forward of another.
         self.read: set[str] = set()
         self.failures: dict[str, str] = {}
+        # By failed forward, the modules that it called until its trace ended.
+        self.reached: dict[str, set[str]] = {}
         self.forwards: dict[str, Forward] = {}
         self.sizes: dict[str, torch.Size] = {}
         for name, module in self.root.named_modules():
@@ -86,10 +88,13 @@ class Flow:
             self.failures[name] = "is replaced on the instance"
             return
         try:
-            graph, fixed, variants = _trace(module)
+            tracer = _Tracer()
+            graph, fixed, variants = _trace(module, tracer)
         except Exception as error:  # a forward may raise anything when it meets a proxy
             what = str(error).splitlines()[0][:80] if str(error) else ""
             self.failures[name] = f"cannot be traced ({type(error).__name__}: {what})"
+            nodes = [node for node in getattr(tracer, "graph", fx.Graph()).nodes if node.op == "call_module"]
+            self.reached[name] = {self.names[id(module.get_submodule(node.target))] for node in nodes}
             return
         self._add(Forward(name, graph, fixed, variants=[Forward(name, variant, fixed) for variant in variants]), module)
 
@@ -108,15 +113,16 @@ class Flow:
         watch = _Watch(self.root, self.names, set(self.failures))
         inputs: dict[str, tuple] = {}
         hooks = []
+
+        def keep(module: nn.Module, args: tuple) -> None:
+            # Copied: a forward may change its arguments in place.
+            inputs.setdefault(self.names[id(module)], tree_map_only(Tensor, torch.clone, args))
+
         for name, forward in self.forwards.items():
             if forward.fixed is None and any(
                 node.op in ("call_function", "call_method") for node in forward.graph.nodes
             ):
                 module = self.root.get_submodule(name)
-                # Copied: a forward may change its arguments in place.
-                keep = lambda m, args, n=name: inputs.setdefault(  # noqa: E731
-                    n, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-                )
                 hooks.append(module.register_forward_pre_hook(keep))
         modes = {module: module.training for module in self.root.modules()}
         self.root.eval()
@@ -135,6 +141,7 @@ class Flow:
         for name in self.failures:
             if (graph := watch.graph(name)) is not None:
                 self._add(Forward(name, graph, self.failures[name]), self.root.get_submodule(name))
+                self.reached.pop(name, None)
 
     def _shapes(self, forward: Forward, arguments: tuple) -> None:
         module = self.root.get_submodule(forward.name)
@@ -159,11 +166,10 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(*(example if isinstance(example, (tuple, list)) else (example,)))
 
 
-def _trace(module: nn.Module) -> tuple[fx.Graph, str | None, list[fx.Graph]]:
+def _trace(module: nn.Module, tracer: _Tracer) -> tuple[fx.Graph, str | None, list[fx.Graph]]:
     """The graph of a forward in the present mode; why one made from it might not be the same, and then variants."""
     training = module.training
     state = _state(module)
-    tracer = _Tracer()
     graph = tracer.trace(module)
     fixed = tracer.doubt
     if fixed is None and _state(module) != state:
@@ -257,6 +263,12 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
             self.doubt = "it sets no_grad, autocast or checkpoints"
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+            name = frame.f_code.co_name
+            if frame.f_locals.get("self") is self.root and not name.startswith("_") and name != "forward":
+                self.doubt = f"it calls {name}, which others may call too"
+            frame = frame.f_back
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:

@@ -60,8 +60,10 @@ def replace_conv_bn(
     What is called with what comes from ``torch.fx`` traces of each module's forward. Where one adds or activates by
     itself (``out += x``, ``F.relu``, an activation module called twice), the module gets a generated subclass of its
     class whose forward lets the layer do it; it keeps the branches and constants that the forward has now. Forwards
-    with optional arguments, or that ask for types or for ``training``, are not written anew. A forward that cannot be
-    traced is watched in one run of ``example``; without one its norms are replaced alone.
+    with optional arguments, that ask for types or for ``training``, set ``no_grad``, autocast or checkpoints, change
+    attributes or call public methods of their module, are not written anew; nor is any other method, so that one that
+    calls the layers but is not called by the forward finds them doing more. A forward that cannot be traced is watched
+    in one run of ``example``; without one its norms are replaced alone.
 
     Names, devices, dtypes, memory formats, training modes and hooks stay; the layer holds the very kernel of the
     convolution. Convert before ``torch.compile``, DDP or FSDP, and load state dicts of the old model with

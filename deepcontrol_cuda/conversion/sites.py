@@ -238,6 +238,9 @@ class Finder:
         module = self._module(name)
         if len(self.flow.calls[name]) != 1:
             return self._why_not_one_call(name)
+        for caller, reached in self.flow.reached.items():
+            if name in reached:
+                return f"the forward of {caller or 'the model'}, which {self.flow.failures[caller]}, calls {name} too"
         if self.flow.registrations[id(module)] > 1:
             return f"{name} is registered in several places"
         if (reason := self._why_not_replaced(name)) is not None:
@@ -339,7 +342,10 @@ class Finder:
         for operand in node.args:
             residual = node.args[operand is node.args[0]]
             if residual is node.args[0] and node.target in _IN_PLACE_SUMS:
-                continue  # others may see, through an alias, that it is overwritten
+                # What no layer gave may have aliases, through which others see that it is overwritten.
+                source = self._back_to_call(forward, residual, node)[1]
+                if self._summand(forward, source, ends)[0] is None:
+                    continue
             identities, source = self._back_to_call(forward, operand, node)
             site, call, through = self._summand(forward, source, ends)
             if site is None or not self._fits(forward, node):
