@@ -8,6 +8,9 @@
 // leaky_relu and relu6 (uint8, rows padded to whole bytes), the pre-activation for silu, gelu and hardswish. So the
 // output itself is never kept, and backward reads 1/16 or 1/32 of what it would read.
 //
+// The weight of a convolution has the dtype of the input. On a CPU it may be float32 beside a 16-bit input: it is rounded
+// to the input's dtype where products are computed, and its gradient is float32.
+//
 // `map_mean` is (N, C): of `input` for center, of conv(input, gain * weight) for conv_center; (0,) without a mean.
 
 #include "library.h"

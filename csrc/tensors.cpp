@@ -57,6 +57,8 @@ Tensor vector_of(const OptionalTensor& vector, int64_t channels, at::ScalarType 
   if (!vector || !vector->defined()) return {};
   TORCH_CHECK_VALUE(vector->dim() == 1 && (vector->size(0) == channels || vector->size(0) == 1),
                     name, ": got shape ", vector->sizes(), ", wanted (", channels, ",) or (1,)");
+  // The usual case costs no op: a layer has few microseconds to spare.
+  if (vector->scalar_type() == type && vector->size(0) == channels && vector->is_contiguous()) return *vector;
   return vector->to(type).expand({channels}).contiguous();
 }
 
@@ -93,14 +95,16 @@ Tensor residual_of(const OptionalTensor& residual, const Tensor& output, at::Mem
 }
 
 std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  bool wide_weight) {
   const int64_t rank = input.dim() - 2;
   TORCH_CHECK_VALUE(rank >= 1 && rank <= 3, "input: got shape ", input.sizes(), ", wanted 1 to 3 spatial dimensions");
   TORCH_CHECK_VALUE(weight.dim() == input.dim() && groups >= 1 && weight.size(1) * groups == input.size(1) &&
                         weight.size(0) % groups == 0,
                     "weight: got shape ", weight.sizes(), " for input ", input.sizes(), " and ", groups, " groups");
-  TORCH_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), "weight: got dtype ", weight.scalar_type(), ", wanted ",
-                   input.scalar_type(), " as input is");
+  const bool is_wide = wide_weight && input.element_size() == 2 && weight.scalar_type() == at::kFloat;
+  TORCH_CHECK_TYPE(is_wide || weight.scalar_type() == input.scalar_type(), "weight: got dtype ", weight.scalar_type(),
+                   ", wanted ", input.scalar_type(), " as input is");
   TORCH_CHECK_VALUE(int64_t(stride.size()) == rank && int64_t(padding.size()) == rank && int64_t(dilation.size()) == rank,
                     "stride, padding, dilation: got ", stride, ", ", padding, ", ", dilation, ", wanted ", rank,
                     " integers each");

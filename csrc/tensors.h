@@ -58,7 +58,8 @@ Tensor residual_of(const OptionalTensor& residual, const Tensor& output, at::Mem
 
 // The shape of a convolution's output; everything that kernels and the library rely on is checked on the way.
 std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  bool wide_weight = false);
 // Raises unless `grad_output` belongs to an output of `sizes` beside `input`.
 void check_grad_output(const Tensor& grad_output, const Tensor& input, at::IntArrayRef sizes);
 

@@ -171,7 +171,8 @@ def _register_fakes(namespace: str) -> None:
     def _(input, weight, gain, mean_scale, constant, bias, residual, stride, padding, dilation, groups, activation,
           slope, save):  # fmt: skip
         zeros = [0] * len(stride)
-        z = torch.ops.aten.convolution(input, weight, None, stride, padding, dilation, False, zeros, groups)
+        narrow = weight.to(input.dtype)
+        z = torch.ops.aten.convolution(input, narrow, None, stride, padding, dilation, False, zeros, groups)
         format = conv_memory_format(input, weight)
         output = torch.empty_like(z, memory_format=format)
         return center_results(output, format, mean_scale is not None or constant != 0.0, activation, save)

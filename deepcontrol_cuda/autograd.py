@@ -53,10 +53,8 @@ def conv_center(
     residual = _distinct(residual, input)
     geometry = (stride, padding, dilation, groups)
     if _recording(input, weight, gain, mean_scale, bias, residual):
-        return _ConvCenter.apply(
-            input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection,
-            backend,
-        )[0]  # fmt: skip
+        constants = (constant, geometry, activation, slope, projection, backend)
+        return _ConvCenter.apply(input, weight, gain, mean_scale, bias, residual, constants)[0]
     output, _, _ = backends.ops[backend].conv_center(
         input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, False
     )
@@ -81,9 +79,10 @@ def _recording(*tensors: Tensor | None) -> bool:
     """Whether the op goes through its Function: for backward, or to refuse forward-mode derivatives."""
     if forward_ad._current_level >= 0:
         return True
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # An exported program holds the op without its Function, so what backward needs would be of no use there.
-    return differentiated and not torch.compiler.is_exporting()
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _differentiable(*gradients_of_intermediates: Tensor | None) -> bool:
@@ -146,9 +145,8 @@ class _Center(torch.autograd.Function):
 
 class _ConvCenter(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, input, weight, gain, mean_scale, bias, residual, constant, geometry, activation, slope, projection, backend
-    ):
+    def forward(ctx, input, weight, gain, mean_scale, bias, residual, constants):
+        constant, geometry, activation, slope, _, backend = constants
         output, map_mean, saved = backends.ops[backend].conv_center(
             input, weight, gain, mean_scale, constant, bias, residual, *geometry, activation, slope, True
         )
@@ -156,7 +154,7 @@ class _ConvCenter(torch.autograd.Function):
         ctx.save_for_backward(input, weight, gain, mean_scale, map_mean, saved)
         ctx.like = (output.shape, output.dtype)
         ctx.vectors = [None if v is None else (v.shape[0], v.dtype) for v in (gain, mean_scale, bias)]
-        ctx.constants = (constant, geometry, activation, slope, projection, backend)
+        ctx.constants = constants
         return output, map_mean, saved
 
     @staticmethod
@@ -166,7 +164,7 @@ class _ConvCenter(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if not _differentiable(grad_mean, grad_saved):
             if grad_output is None:
-                return (None,) * 12
+                return (None,) * 7
             passes_through = activation == "identity"
             mask = [*needs[:5], needs[5] and not passes_through]
             grads = backends.ops[backend].conv_center_backward(
@@ -175,7 +173,7 @@ class _ConvCenter(torch.autograd.Function):
             )  # fmt: skip
             vectors = _fold(grads[2:5], ctx.vectors)
             grad_residual = grad_output if needs[5] and passes_through else grads[5]
-            return *grads[:2], *vectors, grad_residual, None, None, None, None, None, None
+            return *grads[:2], *vectors, grad_residual, None
 
         stride, padding, dilation, groups = geometry
         if projection:
@@ -186,7 +184,7 @@ class _ConvCenter(torch.autograd.Function):
         if grad_mean is not None and grad_mean.numel():
             centred = centred + per_map(grad_mean, e.dim()) / e.shape[2:].numel()
         per_filter = None if gain is None else gain.expand(weight.shape[0]).view(-1, *(1,) * (weight.dim() - 1))
-        scaled_weight = weight if gain is None else (weight * per_filter).to(weight.dtype)
+        scaled_weight = (weight if gain is None else weight * per_filter).to(e.dtype)
         grad_input, grad_scaled, _ = torch.ops.aten.convolution_backward(
             centred.to(e.dtype), input, scaled_weight, None, stride, padding, dilation, False,
             [0] * len(stride), groups, [needs[0], needs[1] or needs[2], False],
@@ -200,7 +198,7 @@ class _ConvCenter(torch.autograd.Function):
         if needs[3]:
             grad_mean_scale = -(map_mean * sums).sum(0)
         vectors = _fold((grad_gain, grad_mean_scale, sums.sum(0) if needs[4] else None), ctx.vectors)
-        return grad_input, grad_weight, *vectors, e if needs[5] else None, None, None, None, None, None, None
+        return grad_input, grad_weight, *vectors, e if needs[5] else None, None
 
 
 def _fold(gradients, vectors):

@@ -22,6 +22,9 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 """``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels; ``triton``
 are kernels that Triton compiles when they are first needed."""
 
+ROUND_WEIGHTS = ("cpu",)
+"""Their convolutions take a float32 weight beside a 16-bit input, round it themselves and return a float32 gradient."""
+
 _VARIABLE = "DEEPCONTROL_BACKEND"
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 5)

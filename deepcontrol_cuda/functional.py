@@ -88,8 +88,14 @@ def _deep_control_conv(
     backend: str | None,
 ) -> Tensor:
     _check_tensors(input=input, weight=weight, residual=residual)
+    weight_dtype = input.dtype
     if _autocasting(input):
-        input, weight, residual = _autocast(input), _autocast(weight), _autocast(residual)
+        input, residual = _autocast(input), _autocast(residual)
+        weight_dtype = input.dtype
+        if weight.dtype == torch.float32 and weight_dtype.itemsize == 2 and not torch.jit.is_tracing():
+            weight_dtype = torch.float32  # the backend is not chosen yet, and some round it themselves
+        else:
+            weight = _autocast(weight)
     if torch.jit.is_tracing():
         return _traced(reference.deep_control_conv, input, backend)(
             input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
@@ -98,7 +104,7 @@ def _deep_control_conv(
     _check_input(input, rank)
     stride = _tuple("stride", stride, rank, 1)
     dilation = _tuple("dilation", dilation, rank, 1)
-    _check_weight(input, weight, rank, groups)
+    _check_weight(input, weight, rank, groups, weight_dtype)
     _check_vectors(input, weight.shape[0], gain, mean_scale, bias)
     _check_activation(activation)
     check_fraction("projection", projection)
@@ -106,6 +112,8 @@ def _deep_control_conv(
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
     backend = backends.choose(input, backend, "conv_center", weight, stride)
+    if weight_dtype != input.dtype and backend not in backends.ROUND_WEIGHTS:
+        weight = weight.to(input.dtype)
     if backend == "reference":
         return reference.deep_control_conv(
             input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
@@ -180,7 +188,8 @@ def deep_control_conv2d(
         backend: a name of ``backends.available()``, or None for automatic choice.
 
     Vectors have the dtype of ``input``, or float32 beside a 16-bit ``input``. Under autocast ``input``, ``weight``
-    and ``residual`` are cast like a convolution's operands and the vectors stay as they are.
+    and ``residual`` are cast like a convolution's operands and the vectors stay as they are; backend "cpu" rounds a
+    float32 ``weight`` as it reads it, so that no copy is kept for backward and its gradient is not rounded.
 
     Returns:
         (N, O, P, Q), dtype of ``input``; channels_last if ``input`` or ``weight`` is.
@@ -350,17 +359,18 @@ def _check_vectors(
                 continue
             kinds = "a tensor, a float or None" if name == "mean_scale" else "a tensor or None"
             raise TypeError(f"{name}: got {type(vector).__name__}, wanted {kinds}")
-        if vector.dim() != 1 or vector.shape[0] not in (channels, 1):
-            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, wanted ({channels},) or (1,)")
+        shape = vector.shape
+        if len(shape) != 1 or (shape[0] != channels and shape[0] != 1):
+            raise ValueError(f"{name}: got shape {tuple(shape)}, wanted ({channels},) or (1,)")
         _check_companion(name, vector, input, dtypes)
 
 
-def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int) -> None:
+def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int, dtype: torch.dtype) -> None:
     if weight.dim() != rank + 2:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, wanted {rank + 2} dimensions (O, C / groups, *kernel)"
         )
-    _check_companion("weight", weight, input, (input.dtype,))
+    _check_companion("weight", weight, input, (dtype,))
     if 0 in weight.shape:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted at least one filter, channel and tap")
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
@@ -386,6 +396,13 @@ def _check_activation(activation: str) -> None:
 
 
 def _tuple(name: str, value: int | Sequence[int], rank: int, least: int) -> tuple[int, ...]:
+    # Modules bring tuples of plain integers; this runs for every call of every layer.
+    if type(value) is tuple and len(value) == rank:
+        for v in value:
+            if type(v) is not int or v < least:
+                break
+        else:
+            return value
     if isinstance(value, (int, torch.SymInt)):
         values = (value,) * rank
     elif isinstance(value, (tuple, list)):
@@ -425,13 +442,15 @@ def _resolve_padding(
 def _output_shape(
     input: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, ...]:
-    out = tuple(
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    )
-    if any(size < 1 for size in (*out, *input.shape[2:])):
-        raise ValueError(
-            f"input: got maps of {tuple(input.shape[2:])}, which leave an empty output under kernel "
-            f"{tuple(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}; wanted larger maps"
-        )
-    return (input.shape[0], weight.shape[0], *out)
+    samples, _, *sizes = input.shape
+    filters, _, *kernel = weight.shape
+    out = [samples, filters]
+    for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation):
+        pixels = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        if pixels < 1 or size < 1:
+            raise ValueError(
+                f"input: got maps of {tuple(sizes)}, which leave an empty output under kernel {tuple(kernel)}, stride "
+                f"{stride}, padding {padding}, dilation {dilation}; wanted larger maps"
+            )
+        out.append(pixels)
+    return tuple(out)

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import activations
+from deepcontrol_cuda import _ops, activations
 
 F = dc.functional
 CONVS = {1: F.deep_control_conv1d, 2: F.deep_control_conv2d, 3: F.deep_control_conv3d}
@@ -214,6 +214,58 @@ def test_opcheck(backend, channels_last):
     assert seen == {name for name in names if "algorithm" not in name}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("filters", "kernel"), [(90, 1), (18, 1), (8, 3)])
+@layouts
+def test_float32_weight_beside_a_16_bit_input(dtype, filters, kernel, channels_last):
+    """On a CPU: the results are those of the rounded weight, but the weight's gradient is float32 and no less exact."""
+    ops = library("cpu")
+    geometry = ([2, 1], [kernel // 2] * 2, [1, 1], 1)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(4, 34, 20, 11).to(dtype).contiguous(memory_format=format)
+    wide = torch.randn(filters, 34, kernel, kernel).contiguous(memory_format=format)
+    gain, mean_scale, bias = torch.rand(filters) + 0.5, torch.rand(filters), torch.randn(filters)
+    gain[0] = 0.0
+    outputs, gradients = [], []
+    for weight in (wide, wide.to(dtype)):
+        forward = (x, weight, gain, mean_scale, 1.0, bias, None, *geometry, "relu", 0.0, True)
+        outputs.append(ops.conv_center(*forward))
+        output, map_mean, saved = outputs[0]
+        seed = torch.ones_like(output) * torch.arange(11).to(dtype)
+        backward = (
+            seed,
+            x,
+            weight,
+            gain,
+            mean_scale,
+            1.0,
+            map_mean,
+            saved,
+            *geometry,
+            "relu",
+            0.0,
+            0.9,
+            [True] * 5 + [False],
+        )
+        gradients.append(ops.conv_center_backward(*backward))
+        if weight is wide:
+            torch.library.opcheck(ops.conv_center.default, forward, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(
+                ops.conv_center_backward.default, backward, test_utils=("test_schema", "test_faketensor")
+            )
+    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert gradients[0][1].dtype == torch.float32
+
+    exact = wide.to(dtype).double().requires_grad_()
+    tensors = (t.double() for t in (gain, mean_scale, bias))
+    y = F.deep_control_conv2d(x.double(), exact, *tensors, *geometry, projection=0.9, backend="reference")
+    y.backward(seed.double() * _ops.unpack_bits(saved, output.shape, channels_last))
+    errors = [(gradient[1].double() - exact.grad).norm() for gradient in gradients]
+    assert errors[0] <= 1.01 * errors[1]
+    assert errors[1] <= 4 * torch.finfo(dtype).eps * exact.grad.norm()
+
+
 class Net(nn.Module):
     """The layers in the ways they are used: strided, by one tap, with a residual, and behind another layer."""
 
@@ -381,7 +433,8 @@ def test_autocast_leaves_vectors_and_float64_alone(backend, monkeypatch):
     monkeypatch.setattr(*entry, lambda *a, **k: seen.append(a) or original(*a, **k))
     with torch.autocast(device, torch.bfloat16):
         conv(backend=backend)(*leaves.values())
-    assert [t.dtype for t in seen[0][:5]] == [torch.bfloat16] * 2 + [torch.float32] * 3
+    weight = torch.float32 if backend in dc.backends.ROUND_WEIGHTS else torch.bfloat16
+    assert [t.dtype for t in seen[0][:5]] == [torch.bfloat16, weight] + [torch.float32] * 3
 
     doubles = list(operands().values())
     with torch.autocast(device, torch.bfloat16):

@@ -223,6 +223,42 @@ def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, poisoned
         compare(function, tensors, dtype, True, seed, activation=activation, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
+def test_strided_convolution_by_one_tap(backend, dtype, mean_scale, poisoned_memory):
+    """The pixels between those that the stride meets get no gradient."""
+    for channels, filters, height, width, stride in (
+        (34, 70, 15, 15, 2),
+        (66, 18, 20, 45, (1, 3)),
+        (8, 8, 2, 9, (5, 2)),
+    ):
+        x, w = small_integers(2, channels, height, width), small_integers(filters, channels, 1, 1, bound=1)
+        tensors = [x, w, torch.rand(filters) + 0.5, None, torch.randn(filters)]
+        seed = torch.randn_like(torch.nn.functional.conv2d(x, w, stride=stride)).to(dtype).double()
+
+        def function(x, w, gain, _, bias, **arguments):
+            return dc.functional.deep_control_conv2d(x, w, gain, mean_scale, bias, **arguments)
+
+        compare(function, tensors, dtype, True, seed, stride=stride, activation="relu", backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [(3, 2, 1, 1), ((4, 2), (1, 2), (2, 0), (1, 2))])
+def test_weight_gradient_of_many_weights_over_few_pixels(backend, dtype, kernel, stride, padding, dilation):
+    """On the CPU a product over the unfolded input, from 2^21 weights on."""
+    rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    channels, filters = 256, 2**21 // (256 * rows * columns) + 2
+    x, w = torch.randn(8, channels, 14, 14), torch.randn(filters, channels, rows, columns) / 64
+    options = (stride, padding, dilation)
+    seed = torch.randn_like(torch.nn.functional.conv2d(x, w, None, *options)).to(dtype).double()
+
+    def function(x, w, gain, **arguments):
+        return dc.functional.deep_control_conv2d(x, w, gain, None, None, *options, **arguments)
+
+    tensors = [x.to(dtype).double(), w.to(dtype).double(), torch.rand(filters) + 0.5]
+    compare(function, tensors, dtype, True, seed, activation="identity", backend=backend)
+
+
 @on_every_backend
 def test_one_pixel_gives_the_bias(backend):
     """Up to the rounding of what cancels: the map mean and the pixel are computed apart, from the same products."""

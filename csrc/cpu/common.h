@@ -47,19 +47,26 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save);
 
-// Whether one fused pass does the layer: a convolution by one tap at stride one, in channels_last, of a dtype that the
-// processor multiplies fast, and with an input that is cheaper to average than the output.
-bool is_fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
-                        at::IntArrayRef padding, int64_t groups, bool centred);
+// Whether the layer is a matrix product: a convolution by one tap without padding, in channels_last, of a dtype that the
+// processor multiplies fast.
+bool is_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef padding,
+                  int64_t groups);
+
+// Whether the means of the input's maps, from which those of the output follow, are fewer: one pass then does the layer.
+bool is_mean_of_input_cheaper(const Tensor& weight);
 
 struct Convolved {
   Tensor output;
   Centred centred;  // with the mean of conv(input, gain * weight)
 };
 
-Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, const Tensor& gain,
-                          const Tensor& mean_scale, double constant, const Tensor& bias, const OptionalTensor& residual,
-                          Activation activation, double slope, bool save);
+// The whole layer in one pass.
+Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
+                          const Tensor& gain, const Tensor& mean_scale, double constant, const Tensor& bias,
+                          const OptionalTensor& residual, Activation activation, double slope, bool save);
+
+// The convolution alone.
+Tensor pointwise_product(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride);
 
 struct PointwiseGrads {
   Tensor grad_input;
@@ -67,15 +74,25 @@ struct PointwiseGrads {
   Tensor sums, grad_residual;
 };
 
-// Whether its backward pays as well: every thread needs rows and memory for a weight gradient of its own.
-bool is_fused_pointwise_backward(const Tensor& input, const Tensor& weight, at::MemoryFormat format,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, int64_t groups);
+// Whether its backward pays as well.
+bool is_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                           at::IntArrayRef padding, int64_t groups);
 
 // `scale` multiplies dz'; `weight` is what grad_input is computed with. Sums are always there.
 PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                        at::MemoryFormat format, const Tensor& scale, const Tensor& mean_scale,
-                                        double constant, const Tensor& saved, Activation activation, double slope,
-                                        bool wants_input, bool wants_weight, bool wants_residual);
+                                        at::MemoryFormat format, at::IntArrayRef stride, const Tensor& scale,
+                                        const Tensor& mean_scale, double constant, const Tensor& saved,
+                                        Activation activation, double slope, bool wants_input, bool wants_weight,
+                                        bool wants_residual);
+
+// Whether the weight gradient of a convolution by several taps is faster as a matrix product over an unfolded input. The
+// library is slow where the weights are many and the pixels few; there a copy of the input for each tap is cheap.
+bool is_unfolded_better(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                        int64_t groups);
+
+// That gradient, in the dtype of the weight.
+Tensor unfolded_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation);
 
 struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;

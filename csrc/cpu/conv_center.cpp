@@ -26,7 +26,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view activation, double slope,
     bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  output_sizes(input, weight, stride, padding, dilation, groups);
+  output_sizes(input, weight, stride, padding, dilation, groups, true);
   const auto format = format_of(input, weight);
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
@@ -35,14 +35,20 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const Tensor biases = vector_of(bias, filters, type, "bias");
   const bool is_centred = mean_scales.defined() || constant != 0.0;
-  if (is_fused_pointwise(input, weight, format, stride, padding, groups, is_centred)) {
-    const Convolved result =
-        fused_pointwise(input, weight, format, gains, mean_scales, constant, biases, residual, act, slope, save);
-    return {result.output, result.centred.map_mean, result.centred.saved};
+  Tensor z;
+  if (is_pointwise(input, weight, format, padding, groups)) {
+    if (!is_centred || is_mean_of_input_cheaper(weight)) {
+      const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
+                                               residual, act, slope, save);
+      return {result.output, result.centred.map_mean, result.centred.saved};
+    }
+    z = pointwise_product(input, weight, format, stride);
+  } else {
+    const std::vector<int64_t> no_output_padding(stride.size(), 0);
+    z = at::convolution(dense(input), weight.to(input.scalar_type()), {}, stride, padding, dilation, false,
+                        no_output_padding, groups)
+            .contiguous(format);
   }
-  const std::vector<int64_t> no_output_padding(stride.size(), 0);
-  const Tensor z = at::convolution(dense(input), weight, {}, stride, padding, dilation, false, no_output_padding, groups)
-                       .contiguous(format);
   const Centred centred =
       center_into(z, z, format, gains, mean_scales, constant, biases, residual, act, slope, save);
   if (gains.defined() && is_centred) centred.map_mean.mul_(gains);
@@ -89,7 +95,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
   const auto act = parse_activation(activation);
-  check_grad_output(grad_output, input, output_sizes(input, weight, stride, padding, dilation, groups));
+  check_grad_output(grad_output, input, output_sizes(input, weight, stride, padding, dilation, groups, true));
   Tensor scaled_weight = weight;
   if (split.on_weight.defined() && mask[0]) {
     std::vector<int64_t> per_filter(weight.dim(), 1);
@@ -100,9 +106,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
   Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
   CenteredError error;
-  if (through_conv && is_fused_pointwise_backward(input, weight, format, stride, padding, groups)) {
-    PointwiseGrads grads = fused_pointwise_backward(grad_output, input, scaled_weight, format, split.on_error, mean_scales,
-                                                    constant, saved, act, slope, mask[0], wants_weight, mask[5]);
+  if (through_conv && is_pointwise_backward(grad_output, input, weight, format, padding, groups)) {
+    PointwiseGrads grads = fused_pointwise_backward(grad_output, input, scaled_weight, format, stride, split.on_error,
+                                                    mean_scales, constant, saved, act, slope, mask[0], wants_weight,
+                                                    mask[5]);
     grad_input = grads.grad_input;
     grad_weight = grads.grad_weight;
     error.sums = grads.sums;
@@ -118,10 +125,18 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
     }
     error = center_error(grad_output, {}, split.on_error, mean_scales, constant, saved, act, slope, format, wanted);
     if (through_conv) {
+      const bool unfolds = wants_weight && is_unfolded_better(error.grad_input, input, weight, format, groups);
       const std::vector<int64_t> no_output_padding(stride.size(), 0);
-      std::tie(grad_input, grad_weight, std::ignore) =
-          at::convolution_backward(error.grad_input, dense(input), scaled_weight, std::nullopt, stride, padding,
-                                   dilation, false, no_output_padding, groups, {mask[0], wants_weight, false});
+      if (mask[0] || !unfolds) {
+        std::tie(grad_input, grad_weight, std::ignore) = at::convolution_backward(
+            error.grad_input, dense(input), scaled_weight.to(input.scalar_type()), std::nullopt, stride, padding, dilation,
+            false, no_output_padding, groups, {mask[0], wants_weight && !unfolds, false});
+      }
+      if (unfolds) {
+        grad_weight = unfolded_weight_grad(error.grad_input, input, weight, stride, padding, dilation);
+      } else if (wants_weight) {
+        grad_weight = grad_weight.to(weight.scalar_type());
+      }
     }
   }
   if (mask[0]) grad_input = grad_input.contiguous(format_of(input));

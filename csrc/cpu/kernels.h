@@ -119,15 +119,25 @@ struct PointwiseBackward {
   void* scratch;   // slots * scratch_bytes()
   float* partials;  // (slots, filters, channels), null: no weight gradient
 
-  static constexpr int64_t kRows = 192;
+  // Most rows of a tile: four rows of 56 pixels, or one map of 14 x 14, and an even number.
+  static constexpr int64_t kRows = 224;
+  // Filters of one panel of the weight gradient's left operand; a multiple of the rows multiplied at once.
+  static constexpr int64_t kLeftPanel = 48;
+  static constexpr int64_t kMostBytes = 4;  // of an element
   int64_t rows() const { return samples * pixels; }
-  // dz' as rows of filters; for bfloat16 also, and the input too, with the pixels in pairs.
-  int64_t scratch_bytes() const { return (kRows * filters * 4 + kRows * channels * 2 + 63) / 64 * 64; }
+  int64_t padded_filters() const { return (filters + kLeftPanel - 1) / kLeftPanel * kLeftPanel; }
+  int64_t padded_channels() const {
+    return (channels + PointwiseForward::kPanel - 1) / PointwiseForward::kPanel * PointwiseForward::kPanel;
+  }
+  // dz' as rows of filters, and both operands of the weight gradient in panels.
+  int64_t scratch_bytes() const {
+    return (kRows * (filters + padded_filters() + padded_channels()) * kMostBytes + 63) / 64 * 64;
+  }
 };
 
 // grad[i] = sum of the slots' partials, i over filters * channels. Tasks are filters.
 struct AddPartials {
-  Dtype dtype;
+  Dtype dtype;  // of grad
   int64_t slots, filters, channels;
   const float* partials;
   void* grad;
@@ -137,7 +147,8 @@ struct AddPartials {
 // of channels), zeros behind the last filter. Transposed: the same with the parts of filters and channels exchanged.
 // Tasks are panels.
 struct PackWeight {
-  Dtype dtype;
+  Dtype dtype;         // of the panels
+  Dtype weight_dtype;  // the same, or f32, which is rounded
   bool transposed;
   int64_t filters, channels;
   const void* weight;
@@ -146,7 +157,8 @@ struct PackWeight {
 
 // map_mean[n, o] = gain[o] / pixels * sum_c weight[o, c] * sums[n, c]. Tasks are filters.
 struct PointwiseMean {
-  Dtype dtype;
+  Dtype dtype;         // of the product
+  Dtype weight_dtype;  // the same, or f32, which is rounded
   int64_t samples, pixels, channels, filters;
   const void* weight;
   const void* sums;

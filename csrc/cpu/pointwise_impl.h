@@ -5,6 +5,7 @@
 // them finished.
 
 constexpr int64_t kPanel = PointwiseForward::kPanel;
+constexpr int64_t kLeftPanel = PointwiseBackward::kLeftPanel;
 // Accumulators fill the registers: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 with AVX2, where a panel takes four turns.
 constexpr int kRowsAtOnce = 6;
 constexpr int kVectorsAtOnce = DC_LANES == 16 ? 4 : 2;
@@ -15,10 +16,7 @@ template <class T>
 struct Product {
   static constexpr int64_t elements = 1;
   using Unit = T;
-  template <class Tail>
-  static DC_INLINE f32v read_vector(const T* b, Tail tail) {
-    return load(b, tail);
-  }
+  static DC_INLINE f32v read_vector(const T* b) { return load(b, Whole{}); }
   static DC_INLINE f32v multiply_add(const f32v& sum, float a, const f32v& b) { return sum + a * b; }
 };
 #if defined(DC_AVX512_BF16)
@@ -29,10 +27,7 @@ template <>
 struct Product<bfloat16> {
   static constexpr int64_t elements = 2;
   using Unit = BFloat16Pair;
-  template <class Tail>
-  static DC_INLINE f32v read_vector(const BFloat16Pair* b, Tail tail) {
-    return read<f32v>(reinterpret_cast<const float*>(b), tail);
-  }
+  static DC_INLINE f32v read_vector(const BFloat16Pair* b) { return read<f32v>(b, Whole{}); }
   static DC_INLINE f32v multiply_add(const f32v& sum, BFloat16Pair a, const f32v& b) {
     return reinterpret<f32v>(_mm512_dpbf16_ps(reinterpret<__m512>(sum), reinterpret<__m512bh>(_mm512_set1_epi32(a.bits)),
                                               reinterpret<__m512bh>(b)));
@@ -40,29 +35,46 @@ struct Product<bfloat16> {
 };
 #endif
 
-// Two rows at a time interleaved: pairs[r / 2 * length + i] holds element i of rows r and r + 1; zero for a missing row.
-template <class T>
-void pair_rows(const T* rows, int64_t count, int64_t length, uint32_t* pairs) {
-  for (int64_t r = 0; r < count; r += 2) {
+// One operand of a product over rows: units (elements, for bfloat16 pairs of two rows, zero for a missing row) in panels
+// of `width` columns, inside a panel step by step. Read in order a panel streams through the first-level cache; at the
+// power-of-two strides of whole rows the steps would fall into few of its sets.
+template <int64_t width, class T>
+void panel_rows(const T* rows, int64_t count, int64_t length, int64_t first_step, int64_t steps,
+                typename Product<T>::Unit* panels) {
+  constexpr int64_t elements = Product<T>::elements;
+  for (int64_t r = 0; r < count; r += elements) {
+    typename Product<T>::Unit* to = panels + (first_step + r / elements) * width;
     each_vector<f32v>(length, [&](int64_t i, auto tail) DC_LAMBDA {
-      u32v low = __builtin_convertvector(read<u16v>(rows + r * length + i, tail), u32v);
-      u32v high{};
-      if (r + 1 < count) high = __builtin_convertvector(read<u16v>(rows + (r + 1) * length + i, tail), u32v);
-      write(pairs + r / 2 * length + i, low | high << 16, tail);
+      auto* at = to + i / width * width * steps + i % width;
+      const T* from = rows + r * length + i;
+      if constexpr (elements == 1) {
+        write(at, read<f32v>(from, tail), Whole{});
+      } else {
+        u32v low = __builtin_convertvector(read<u16v>(from, tail), u32v);
+        u32v high{};
+        if (r + 1 < count) high = __builtin_convertvector(read<u16v>(from + length, tail), u32v);
+        write(at, low | high << 16, Whole{});
+      }
     });
   }
 }
 
-// sums[r][v] += sum over k of a[r * row + k * step] * b[k * stride + v * lanes ...], in registers. Only the last of the
-// vectors of b may be partial.
-template <class T, int rows, int vectors, class Tail, class Unit>
+// Asks for the cache lines of the elements first..first + count, which are needed soon: their latency passes beside a
+// product's arithmetic.
+template <class T>
+DC_INLINE void prefetch(const T* first, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(first);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 1, 3);
+}
+
+// sums[r][v] += sum over k of a[r * row + k * step] * b[k * stride + v * lanes ...], in registers.
+template <class T, int rows, int vectors, class Unit>
 DC_INLINE void accumulate(f32v (&sums)[rows][vectors], int64_t steps, const Unit* a, int64_t row, int64_t step,
-                          const Unit* b, int64_t stride, Tail tail) {
+                          const Unit* b, int64_t stride) {
   for (int64_t k = 0; k < steps; ++k) {
     f32v right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors - 1; ++v) right[v] = Product<T>::read_vector(b + k * stride + v * DC_LANES, Whole{});
-    right[vectors - 1] = Product<T>::read_vector(b + k * stride + (vectors - 1) * DC_LANES, tail);
+    for (int v = 0; v < vectors; ++v) right[v] = Product<T>::read_vector(b + k * stride + v * DC_LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const Unit left = a[r * row + k * step];
@@ -107,8 +119,14 @@ DC_INLINE void pointwise_tile(const PointwiseForward& p, const PiecewiseLinear<f
   const int64_t steps = p.channels / Product<T>::elements;
   const int64_t row = sample * p.pixels + pixel;
   const Unit* weight = static_cast<const Unit*>(p.weight) + first / kPanel * kPanel * steps + first % kPanel;
+  const int64_t wide = std::min(kFiltersAtOnce, p.filters - first);
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = (row + r) * p.filters + first;
+    prefetch(offset<T>(p.output, at), wide);
+    if (p.residual) prefetch(offset<T>(p.residual, at), wide);
+  }
   f32v sums[rows][kVectorsAtOnce] = {};
-  accumulate<T>(sums, steps, static_cast<const Unit*>(p.input) + row * steps, steps, 1, weight, kPanel, Whole{});
+  accumulate<T>(sums, steps, static_cast<const Unit*>(p.input) + row * steps, steps, 1, weight, kPanel);
 
   const float* gain = offset<float>(p.gain, 0);
   const float* shift = offset<float>(p.shift, sample * p.filters);
@@ -143,11 +161,13 @@ void pointwise_forward_task(const PointwiseForward& p, int64_t task) {
   }
 }
 
-// dz' of the rows first..first + count into `error` (rows of filters), and for bfloat16 into `pairs` with the pixels
-// paired, a missing last one as zero.
+// dz' of the rows first..first + count into `error` (rows of filters), for bfloat16 also paired as the left operand of the
+// weight gradient; float32 is read from the rows themselves.
 template <class T, Sort sort>
 void pointwise_error(const PointwiseBackward& p, const PiecewiseLinear<f32v>& piecewise, int64_t first, int64_t count,
-                     T* error, uint32_t* pairs) {
+                     T* error, typename Product<T>::Unit* panels) {
+  constexpr int64_t elements = Product<T>::elements;
+  const int64_t steps = (count + elements - 1) / elements;
   const float* scale = offset<float>(p.scale, 0);
   const int64_t bits_row = (p.filters + 7) / 8;
   for (int64_t r = 0; r < count; ++r) {
@@ -162,8 +182,11 @@ void pointwise_error(const PointwiseBackward& p, const PiecewiseLinear<f32v>& pi
       if (scale) e *= load(scale + o, tail);
       store(error + r * p.filters + o, e, tail);
     });
+    if (elements > 1 && (r % elements == elements - 1 || r + 1 == count)) {
+      const int64_t start = r / elements * elements;
+      panel_rows<kLeftPanel>(error + start * p.filters, r + 1 - start, p.filters, r / elements, steps, panels);
+    }
   }
-  if constexpr (sizeof(T) == 2) pair_rows(error, count, p.filters, pairs);
 }
 
 template <class T, Sort sort>
@@ -172,23 +195,27 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
   constexpr int64_t elements = Product<T>::elements;
   const PiecewiseLinear<f32v> piecewise(p.activation, p.slope);
   T* error = offset<T>(static_cast<char*>(p.scratch) + slot * p.scratch_bytes(), 0);
-  uint32_t* error_pairs = reinterpret_cast<uint32_t*>(error + PointwiseBackward::kRows * p.filters);
-  uint32_t* input_pairs = error_pairs + PointwiseBackward::kRows / 2 * p.filters;
+  Unit* left_panels = reinterpret_cast<Unit*>(error + PointwiseBackward::kRows * p.filters);
+  Unit* right_panels = left_panels + (elements > 1 ? PointwiseBackward::kRows / elements * p.padded_filters() : 0);
   float* partial = p.partials ? p.partials + slot * p.filters * p.channels : nullptr;
-  if (partial) std::fill_n(partial, p.filters * p.channels, 0.0f);
 
   const int64_t begin = p.rows() * slot / p.slots, end = p.rows() * (slot + 1) / p.slots;
-  for (int64_t first = begin; first < end; first += PointwiseBackward::kRows) {
-    const int64_t count = std::min(PointwiseBackward::kRows, end - first);
-    pointwise_error<T, sort>(p, piecewise, first, count, error, error_pairs);
+  // Tiles of equal height: a low last one would cost a pass over the partials all the same.
+  const int64_t tiles = (end - begin + PointwiseBackward::kRows - 1) / PointwiseBackward::kRows;
+  if (partial && tiles == 0) std::fill_n(partial, p.filters * p.channels, 0.0f);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = begin + (end - begin) * tile / tiles;
+    const int64_t count = begin + (end - begin) * (tile + 1) / tiles - first;
+    pointwise_error<T, sort>(p, piecewise, first, count, error, left_panels);
     if (p.weight) {
       const int64_t steps = p.filters / elements;
       for (int64_t c = 0; c < p.channels; c += kFiltersAtOnce) {
         const Unit* weight = static_cast<const Unit*>(p.weight) + c / kPanel * kPanel * steps + c % kPanel;
+        const int64_t wide = std::min(kFiltersAtOnce, p.channels - c);
         each_rows(0, count, [&](auto rows, int64_t row) DC_LAMBDA {
+          for (int r = 0; r < rows.value; ++r) prefetch(offset<T>(p.grad_input, (first + row + r) * p.channels + c), wide);
           f32v sums[rows.value][kVectorsAtOnce] = {};
-          accumulate<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, 1, weight, kPanel,
-                        Whole{});
+          accumulate<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, 1, weight, kPanel);
           each_vector_of_panel(c, p.channels, [&](int v, int64_t i, auto tail) DC_LAMBDA {
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
@@ -199,30 +226,24 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
       }
     }
     if (!partial) continue;
-    const Unit* left = reinterpret_cast<const Unit*>(error);
-    const Unit* right = static_cast<const Unit*>(p.input) + first * p.channels / elements;
-    if constexpr (sizeof(T) == 2) {
-      pair_rows(offset<T>(p.input, first * p.channels), count, p.channels, input_pairs);
-      left = reinterpret_cast<const Unit*>(error_pairs);
-      right = reinterpret_cast<const Unit*>(input_pairs);
-    }
     const int64_t steps = (count + elements - 1) / elements;
+    panel_rows<kPanel>(offset<T>(p.input, first * p.channels), count, p.channels, 0, steps, right_panels);
     auto product = [&](int64_t c, auto vectors, auto tail) DC_LAMBDA {
+      const Unit* right = right_panels + c / kPanel * kPanel * steps + c % kPanel;
       each_rows(0, p.filters, [&](auto rows, int64_t o) DC_LAMBDA {
+        const Unit* left = reinterpret_cast<const Unit*>(error) + o;
+        if (elements > 1) left = left_panels + o / kLeftPanel * kLeftPanel * steps + o % kLeftPanel;
         // Summed apart and then added, so that the rounding error grows with the rows of a tile plus the number of tiles.
         f32v sums[rows.value][vectors.value] = {};
-        accumulate<T>(sums, steps, left + o, 1, p.filters, right + c, p.channels, tail);
+        accumulate<T>(sums, steps, left, 1, elements > 1 ? kLeftPanel : p.filters, right, kPanel);
         float* at = partial + o * p.channels + c;
 #pragma GCC unroll 8
         for (int r = 0; r < rows.value; ++r) {
 #pragma GCC unroll 4
           for (int v = 0; v < vectors.value; ++v) {
             float* to = at + r * p.channels + v * DC_LANES;
-            if (v + 1 < vectors.value) {
-              store(to, load(to, Whole{}) + sums[r][v], Whole{});
-            } else {
-              store(to, load(to, tail) + sums[r][v], tail);
-            }
+            auto add = [&](auto which) DC_LAMBDA { store(to, tile ? load(to, which) + sums[r][v] : sums[r][v], which); };
+            v + 1 < vectors.value ? add(Whole{}) : add(tail);
           }
         }
       });
@@ -249,11 +270,23 @@ void add_partials_task(const AddPartials& p, int64_t filter) {
 }
 
 #if defined(DC_AVX512)
-// 16 x 16 elements of 32 bits: rows of `from` become columns of `to`. Neighbouring lanes change places in pairs, then
+// 16 units of a row of the weight.
+template <class Unit, class W>
+DC_INLINE __m512i read_units(const W* from) {
+#if defined(DC_AVX512_BF16)
+  if constexpr (std::is_same_v<Unit, BFloat16Pair> && std::is_same_v<W, float>) {
+    return reinterpret<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+  }
+#endif
+  return _mm512_loadu_si512(from);
+}
+
+// 16 x 16 units of 32 bits: rows of `from` become columns of `to`. Neighbouring lanes change places in pairs, then
 // pairs, fours and eights of lanes.
-DC_INLINE void transpose_block(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+template <class Unit, class W>
+DC_INLINE void transpose_block(const W* from, int64_t from_stride, void* to, int64_t to_stride) {
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const uint32_t*>(from) + i * from_stride);
+  for (int i = 0; i < 16; ++i) a[i] = read_units<Unit>(from + i * from_stride);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -282,31 +315,53 @@ DC_INLINE void transpose_block(const void* from, int64_t from_stride, void* to, 
 }
 #endif
 
+// A weight as a product takes it: of the product's dtype, or float32, which is rounded.
 template <class T>
+DC_INLINE uint32_t bits_of(T element) {
+  if constexpr (std::is_same_v<T, float>) {
+    bfloat16 rounded;
+    store(&rounded, broadcast<f32v>(element), Part{1});
+    return rounded.bits;
+  } else {
+    return element.bits;
+  }
+}
+template <class Unit, class W>
+DC_INLINE Unit unit_of(const W* from, int64_t next) {
+  if constexpr (std::is_same_v<Unit, W>) {
+    return *from;
+  } else {
+    return {bits_of(from[0]) | bits_of(from[next]) << 16};
+  }
+}
+
+template <class T, class W>
 void pack_weight_task(const PackWeight& p, int64_t panel) {
   using Unit = typename Product<T>::Unit;
   constexpr int64_t elements = Product<T>::elements;
   const int64_t steps = p.channels / elements;
   const int64_t first = panel * kPanel, filters = std::min(kPanel, p.filters - first);
-  const Unit* weight = static_cast<const Unit*>(p.weight) + first * steps;
+  const W* weight = static_cast<const W*>(p.weight) + first * p.channels;
   Unit* packed = static_cast<Unit*>(p.packed) + first * steps;
   for (int64_t k = 0; k < steps; k += DC_LANES) {
     const int64_t count = std::min<int64_t>(DC_LANES, steps - k);
     for (int64_t o = 0; o < kPanel; o += DC_LANES) {
 #if defined(DC_AVX512)
       if (sizeof(Unit) == 4 && count == DC_LANES && o + DC_LANES <= filters) {
-        transpose_block(weight + o * steps + k, steps, packed + k * kPanel + o, kPanel);
+        transpose_block<Unit>(weight + o * p.channels + k * elements, p.channels, packed + k * kPanel + o, kPanel);
         continue;
       }
 #endif
       for (int64_t i = o; i < o + DC_LANES; ++i) {
-        for (int64_t j = k; j < k + count; ++j) packed[j * kPanel + i] = i < filters ? weight[i * steps + j] : Unit{};
+        for (int64_t j = k; j < k + count; ++j) {
+          packed[j * kPanel + i] = i < filters ? unit_of<Unit>(weight + i * p.channels + j * elements, 1) : Unit{};
+        }
       }
     }
   }
 }
 
-template <class T>
+template <class T, class W>
 void pack_transposed_task(const PackWeight& p, int64_t panel) {
   using Unit = typename Product<T>::Unit;
   constexpr int64_t elements = Product<T>::elements;
@@ -314,28 +369,41 @@ void pack_transposed_task(const PackWeight& p, int64_t panel) {
   const int64_t first = panel * kPanel, count = std::min(kPanel, p.channels - first);
   Unit* packed = static_cast<Unit*>(p.packed) + panel * kPanel * steps;
   for (int64_t k = 0; k < steps; ++k) {
-    const T* rows = static_cast<const T*>(p.weight) + k * elements * p.channels + first;
+    const W* rows = static_cast<const W*>(p.weight) + k * elements * p.channels + first;
     Unit* to = packed + k * kPanel;
     std::fill(to + count, to + kPanel, Unit{});
-    if constexpr (elements == 1) {
-      std::copy_n(rows, count, to);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i].bits = rows[i].bits | uint32_t(rows[p.channels + i].bits) << 16;
+#if defined(DC_AVX512_BF16)
+    if constexpr (elements == 2 && std::is_same_v<W, float>) {
+      each_vector<f32v>(count, [&](int64_t i, auto tail) DC_LAMBDA {
+        const auto round = [&](const float* from) DC_LAMBDA {
+          return __builtin_convertvector(
+              reinterpret<u16v>(_mm512_cvtneps_pbh(reinterpret<__m512>(load(from, tail)))), u32v);
+        };
+        write(to + i, round(rows + i) | round(rows + p.channels + i) << 16, tail);
+      });
+      continue;
     }
+#endif
+    for (int64_t i = 0; i < count; ++i) to[i] = unit_of<Unit>(rows + i, p.channels);
   }
 }
 
-template <class T>
+template <class T, class W>
 void pointwise_mean_task(const PointwiseMean& p, int64_t filter) {
   constexpr int64_t kSamples = 8;
-  const T* weight = static_cast<const T*>(p.weight) + filter * p.channels;
+  const W* weight = static_cast<const W*>(p.weight) + filter * p.channels;
   const float* sums = static_cast<const float*>(p.sums);
   const float scale = (p.gain ? static_cast<const float*>(p.gain)[filter] : 1.0f) / float(p.pixels);
   for (int64_t start = 0; start < p.samples; start += kSamples) {
     const int64_t samples = std::min(kSamples, p.samples - start);
     f32v dots[kSamples] = {};
     each_vector<f32v>(p.channels, [&](int64_t i, auto tail) DC_LAMBDA {
-      const f32v w = load(weight + i, tail);
+      f32v w = load(weight + i, tail);
+      if constexpr (!std::is_same_v<T, W>) {
+        T rounded[DC_LANES];
+        store(rounded, w, Whole{});
+        w = load(rounded, Whole{});
+      }
       for (int64_t n = 0; n < samples; ++n) dots[n] += w * load(sums + (start + n) * p.channels + i, tail);
     });
     for (int64_t n = 0; n < samples; ++n) {
@@ -351,6 +419,15 @@ DC_INLINE void for_product(Dtype dtype, F&& f) {
 #if defined(DC_AVX512_BF16)
   if (dtype == Dtype::bf16) f(bfloat16{});
 #endif
+}
+
+// Calls f(storage type of the product, storage type of the weight).
+template <class P, class F>
+DC_INLINE void for_weight(const P& p, F&& f) {
+  for_product(p.dtype, [&](auto storage) {
+    if (p.weight_dtype == Dtype::f32) return f(storage, float{});
+    f(storage, storage);
+  });
 }
 
 // Calls f(storage type, sort of activation), both as types.
@@ -385,16 +462,19 @@ void add_partials(const AddPartials& p, int64_t begin, int64_t end) {
 }
 
 void pack_weight(const PackWeight& p, int64_t begin, int64_t end) {
-  for_product(p.dtype, [&](auto storage) {
+  for_weight(p, [&](auto storage, auto weight) {
     using T = decltype(storage);
+    using W = decltype(weight);
     for (int64_t panel = begin; panel < end; ++panel) {
-      p.transposed ? pack_transposed_task<T>(p, panel) : pack_weight_task<T>(p, panel);
+      p.transposed ? pack_transposed_task<T, W>(p, panel) : pack_weight_task<T, W>(p, panel);
     }
   });
 }
 
 void pointwise_mean(const PointwiseMean& p, int64_t begin, int64_t end) {
-  for_product(p.dtype, [&](auto storage) {
-    for (int64_t filter = begin; filter < end; ++filter) pointwise_mean_task<decltype(storage)>(p, filter);
+  for_weight(p, [&](auto storage, auto weight) {
+    for (int64_t filter = begin; filter < end; ++filter) {
+      pointwise_mean_task<decltype(storage), decltype(weight)>(p, filter);
+    }
   });
 }

@@ -71,6 +71,8 @@ class Values {
       : name_(name), dtype_(dtype), count_(count - (too_small == name)), present_(present),
         memory_(present ? count_ * size_of(dtype) : 0) {}
 
+  Dtype dtype() const { return dtype_; }
+
   // Multiples of 1/8 (of `unit`) from -2 to 2, which every dtype holds exactly.
   Values& fill(double unit = 1) {
     for (int64_t i = 0; present_ && i < count_; ++i) set(i, unit * (int(random_below(33)) - 16) / 8.0);
@@ -103,10 +105,13 @@ class Values {
   explicit operator bool() const { return present_; }
 
   // `magnitude`: of the terms whose rounding errors the value holds.
-  void expect(int64_t i, double wanted, double magnitude = 1) const {
+  void expect(int64_t i, double wanted, double magnitude = 1) const { expect(i, wanted, magnitude, dtype_); }
+
+  // `computed`: the dtype of what the value was computed from, where that is the less precise.
+  void expect(int64_t i, double wanted, double magnitude, Dtype computed) const {
     if (!present_) return;
     constexpr double steps[] = {1e-4, 1e-10, 0x1p-7, 0x1p-9};  // in the order of Dtype
-    const double step = steps[int(dtype_)];
+    const double step = steps[int(computed)];
     const double got = (*this)[i];
     if (std::abs(got - wanted) <= step * std::max(magnitude, std::abs(wanted))) return;
     std::fprintf(stderr, "%s: %s[%ld] is %g, wanted %g\n", current.c_str(), name_, long(i), got, wanted);
@@ -361,7 +366,7 @@ struct Packed {
   Packed(const Values& weight, Dtype dtype, int64_t filters, int64_t channels, bool transposed)
       : values("packed", dtype, panels(transposed ? channels : filters) * kPanel * (transposed ? filters : channels)) {
     PackWeight p{};
-    p.dtype = dtype, p.transposed = transposed, p.filters = filters, p.channels = channels;
+    p.dtype = dtype, p.weight_dtype = weight.dtype(), p.transposed = transposed, p.filters = filters, p.channels = channels;
     p.weight = weight.data(), p.packed = values.data();
     run(kernels().pack_weight, p, panels(transposed ? channels : filters));
   }
@@ -371,7 +376,8 @@ struct Packed {
 static void pointwise_forward(Dtype dtype, Activation activation, int64_t pixels, int64_t channels, int64_t filters,
                               uint32_t options) {
   const int64_t samples = 3, count = samples * pixels * filters;
-  Values input("input", dtype, samples * pixels * channels), weight("weight", dtype, filters * channels);
+  Values input("input", dtype, samples * pixels * channels);
+  Values weight("weight", options & 32 ? Dtype::f32 : dtype, filters * channels);
   Values gain("gain", Dtype::f32, filters, options & 1), shift("shift", Dtype::f32, samples * filters, options & 2);
   Values residual("residual", dtype, count, options & 4), output("output", dtype, count);
   Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
@@ -401,13 +407,14 @@ static void pointwise_forward(Dtype dtype, Activation activation, int64_t pixels
   }
 }
 
-static void pointwise_mean(Dtype dtype, int64_t channels, int64_t filters, bool with_gain) {
+static void pointwise_mean(Dtype dtype, Dtype weight_dtype, int64_t channels, int64_t filters, bool with_gain) {
   const int64_t samples = 11, pixels = 4;
-  Values weight("weight", dtype, filters * channels), sums("sums", Dtype::f32, samples * channels);
+  Values weight("weight", weight_dtype, filters * channels), sums("sums", Dtype::f32, samples * channels);
   Values gain("gain", Dtype::f32, filters, with_gain), map_mean("map_mean", Dtype::f32, samples * filters);
   weight.fill(), sums.fill(), gain.fill();
   PointwiseMean p{};
-  p.dtype = dtype, p.samples = samples, p.pixels = pixels, p.channels = channels, p.filters = filters;
+  p.dtype = dtype, p.weight_dtype = weight_dtype;
+  p.samples = samples, p.pixels = pixels, p.channels = channels, p.filters = filters;
   p.weight = weight.data(), p.sums = sums.data(), p.gain = gain.data(), p.map_mean = map_mean.data();
   run(kernels().pointwise_mean, p, filters);
   for (int64_t i = 0; i < samples * filters; ++i) {
@@ -424,7 +431,8 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
   Values grad_output("grad_output", dtype, count);
   Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
   Bits bits(rows, filters, is_piecewise(activation));
-  Values input("input", dtype, rows * channels), weight("weight", dtype, filters * channels);
+  const Dtype weight_dtype = options & 64 ? Dtype::f32 : dtype;
+  Values input("input", dtype, rows * channels), weight("weight", weight_dtype, filters * channels);
   Values scale("scale", Dtype::f32, filters, options & 4);
   Values removed("removed", Dtype::f32, samples * filters, options & 8);
   for (Values* values : {&grad_output, &input, &weight, &scale, &removed}) values->fill();
@@ -440,7 +448,7 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
   Values grad_residual("grad_residual", dtype, count, options & 32);
   Values partials("partials", Dtype::f32, p.slots * filters * channels, wants_weight);
   Values scratch("scratch", Dtype::f32, p.slots * p.scratch_bytes() / 4);
-  Values grad_weight("grad_weight", dtype, filters * channels);
+  Values grad_weight("grad_weight", weight_dtype, filters * channels);
   p.grad_output = grad_output.data(), p.pre_activation = pre_activation.data(), p.bits = bits.data();
   p.input = input.data(), p.weight = wants_input ? packed.values.data() : nullptr, p.scale = scale.data();
   p.removed = removed.data(), p.grad_input = grad_input.data(), p.grad_residual = grad_residual.data();
@@ -448,7 +456,7 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
   run(kernels().pointwise_backward, p, p.slots);
   if (wants_weight) {
     AddPartials add{};
-    add.dtype = dtype, add.slots = p.slots, add.filters = filters, add.channels = channels;
+    add.dtype = weight_dtype, add.slots = p.slots, add.filters = filters, add.channels = channels;
     add.partials = p.partials, add.grad = grad_weight.data();
     run(kernels().add_partials, add, filters);
   }
@@ -470,7 +478,7 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
     for (int64_t row = 0; row < rows; ++row) {
       sum += dz[row * filters + i / channels] * input[row * channels + i % channels];
     }
-    grad_weight.expect(i, sum, rows);
+    grad_weight.expect(i, sum, rows, dtype);
   }
 }
 
@@ -516,7 +524,7 @@ static void all_cases() {
         {2 - odd, 6 + odd}, {16 + odd, 32 + odd}, {70 + odd, 130 + odd}, {130, 64}};
     for (const auto& [channels, filters] : sizes) {
       for (const int64_t pixels : {1, 49}) {
-        pointwise_mean(dtype, channels, filters, options % 2);
+        for (const Dtype wide : {dtype, Dtype::f32}) pointwise_mean(dtype, wide, channels, filters, options % 2);
         for (int a = 0; a < 7; ++a) {
           pointwise_forward(dtype, Activation(a), pixels, channels, filters, options);
           pointwise_backward(dtype, Activation(a), pixels == 1 ? 1 : 5, pixels, channels, filters, options * 3 + 1);
