@@ -255,11 +255,105 @@ class Nested(nn.Module):
         return self.act(x + self.layers(x))
 
 
+class ShortcutChangesBehindTheSum(NotDifferentiable):
+    def forward(self, x):
+        x = x * 1
+        out = self.bn1(self.conv1(x)) + x
+        x.mul_(2)
+        return F.relu(out) + x
+
+
+class SumIntoAView(Block):
+    def forward(self, x):
+        whole = x * 1
+        view = whole[:, :4]
+        view += self.bn1(self.conv1(x))
+        return self.relu(whole * 2)
+
+
+class WithoutGradient(Block):
+    def forward(self, x):
+        with torch.no_grad():
+            shortcut = self.branch(x)
+        return F.relu(self.bn1(self.conv1(x)) + shortcut)
+
+
+class GivesTheConvolution(Block):
+    """Cannot be traced, and what the convolution gives is one of its outputs."""
+
+    def forward(self, x):
+        z = self.conv1(x)
+        y = self.bn1(z)
+        if y.sum() > 1e9:
+            y = self.conv2(y)
+        return {"normed": y, "raw": z}
+
+
+class Head(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = GivesTheConvolution()
+
+    def forward(self, x):
+        found = self.body(x)
+        return found["normed"] * found["raw"]
+
+
+class CallsWhatIsInASequence(Block):
+    """Cannot be traced, and calls the modules of a container one by one."""
+
+    def forward(self, x):
+        z = self.downsample[0](x)
+        y = self.downsample[1](z)
+        return y * z if y.sum() < 1e9 else y
+
+
+class OptionalBranch(Block):
+    def forward(self, x, alone=None):
+        z = self.conv1(x)
+        return self.bn1(z) * z if alone is None else self.bn1(z)
+
+
+class HeldInAList(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [self.conv1]
+
+    def forward(self, x):
+        return self.bn1(self.hidden[0](x))
+
+
+class UsesTheConvolutionsTensors(Block):
+    def forward(self, x):
+        y = self.bn1(self.conv1(x)) * self.conv1.bias.view(1, -1, 1, 1)
+        return F.conv_transpose2d(self.bn2(self.conv2(y)), self.conv2.weight, padding=1)
+
+
+class ForwardOnTheInstance(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1.forward = lambda x: F.avg_pool2d(x, 3, 1, 1)
+
+    def forward(self, x):
+        return self.bn1(self.conv1(x))
+
+
+class AddsAParameter(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 4, 6, 6))
+
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.position
+
+
 BLOCKS = [
     Basic, Downsampled, SumOfBranches, AfterTheSum, Functional, Method, SumIsUsedTwice, NormIsUsedTwice,
     ConvIsUsedTwice, SharedConv, SharedNorm, PreActivation, InputChangesBehindTheConvolution, SumOverwritesTheShortcut,
     SumOverwritesTheArgument, SameOperands, Scaled, Keywords, AsksForTheType, DependsOnTraining, MakesATensor,
-    Optional, Untraceable, Nested, ModuleNamedAdd,
+    Optional, Untraceable, Nested, ModuleNamedAdd, ShortcutChangesBehindTheSum, SumIntoAView, WithoutGradient, Head,
+    CallsWhatIsInASequence, OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance,
+    AddsAParameter,
 ]  # fmt: skip
 
 
@@ -304,6 +398,171 @@ def test_what_becomes_one_layer(build, sources):
     report = replace_conv_bn(build())
     found = {row.module: row.source for row in report.replaced}
     assert {name: found.get(name) for name in sources} == sources
+
+
+def test_a_norm_that_follows_its_convolution_in_one_mode_alone():
+    class RawInTraining(Block):
+        def forward(self, x):
+            z = self.conv1(x)
+            return self.bn1(z) * z if self.training else self.bn1(z)
+
+    model = trained(RawInTraining()).double()
+    converted = replace_conv_bn(model, initialization="folded").model
+    model.training = converted.training = True
+    assert_same_function(model, converted, torch.randn(2, 4, 6, 6).double())
+
+
+@pytest.mark.parametrize("how", ["forward", "held"])
+def test_norms_that_no_other_module_can_stand_for_are_left(how):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    if how == "forward":
+        model[1].forward = torch.tanh
+    else:
+        model.held = [model[1]]
+    report = replace_conv_bn(model)
+    assert [row.norm for row in report.left] == ["1"]
+    assert type(report.model[1]) is nn.BatchNorm2d
+
+
+def test_a_method_that_a_forward_calls_stays_right():
+    class Features(Block):
+        def features(self, x):
+            return F.silu(self.bn1(self.conv1(x)) + x)
+
+        def forward(self, x):
+            return self.features(x).mean((2, 3))
+
+    model = trained(Features())
+    converted = replace_conv_bn(model, initialization="folded").model
+    x = torch.randn(2, 4, 6, 6)
+    assert relative_error(converted.features(x), model.features(x)) <= 1e-6
+
+
+def test_what_a_forward_keeps_stays_what_it_was():
+    class Keeps(Block):
+        def forward(self, x):
+            self.kept = self.conv1(x)
+            return self.bn1(self.kept)
+
+    model = trained(Keeps()).requires_grad_(False)
+    converted = replace_conv_bn(model, initialization="folded").model
+    x = torch.randn(2, 4, 6, 6)
+    assert relative_error(converted(x), model(x)) <= 1e-6
+    assert relative_error(converted.kept, model.kept) <= 1e-6
+
+
+def test_what_a_forward_appends_to_a_list_it_still_appends():
+    class Collects(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collected = []
+
+        def forward(self, x):
+            self.collected.append(len(self.collected))
+            return F.relu(self.bn1(self.conv1(x)) + x)
+
+    converted = replace_conv_bn(Collects()).model
+    already = len(converted.collected)
+    converted(torch.randn(1, 4, 6, 6))
+    assert len(converted.collected) == already + 1
+
+
+def test_a_module_that_is_called_twice_with_other_sizes():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Basic()
+            self.head = nn.Conv2d(4, 4, 6)
+
+        def forward(self, x):
+            return self.head(self.block(x)) + self.head(self.block(x[:, :, :6, :6]))
+
+    model = trained(Twice()).double()
+    x = torch.randn(1, 4, 9, 9).double()
+    assert_same_function(model, replace_conv_bn(model, initialization="folded", example=x).model, x)
+
+
+def test_a_sum_along_one_side_is_seen_with_an_example():
+    class Strip(Block):
+        def forward(self, x):
+            return x + self.branch(x.mean(3, keepdim=True))
+
+    model = trained(Strip()).double()
+    x = torch.randn(2, 4, 6, 6).double()
+    assert_same_function(model, replace_conv_bn(model, initialization="folded", example=x).model, x)
+
+
+def test_graph_modules():
+    model = torch.fx.symbolic_trace(trained(Basic()).double())
+    converted = replace_conv_bn(model, initialization="folded").model
+    x = torch.randn(2, 4, 6, 6).double()
+    assert_same_function(model, converted, x)
+    assert torch.equal(copy.deepcopy(converted)(x.clone()), converted(x.clone()))
+
+
+def test_a_model_that_refuses_to_train_on_the_example():
+    class Detects(Block):
+        def forward(self, x):
+            assert not self.training, "targets are wanted"
+            return self.bn1(self.conv1(x))
+
+    report = replace_conv_bn(Detects().eval(), example=torch.randn(1, 4, 6, 6))
+    assert "not measured: AssertionError: targets are wanted" in str(report)
+
+
+def test_layers_that_the_example_does_not_reach_are_named():
+    class Auxiliary(Block):
+        def forward(self, x):
+            x = x.mul_(2)
+            y = self.bn1(self.conv1(x))
+            return self.bn2(self.conv2(y)) if self.training else y
+
+    x = torch.randn(2, 4, 6, 6)
+    example = x.clone()
+    report = replace_conv_bn(Auxiliary(), initialization="calibrated", example=example)
+    assert "not calibrated, for the example does not reach them: " in str(report)
+    assert torch.equal(example, x)
+
+
+def test_inplace_does_not_go_through_hooks_on_state_dicts():
+    model = trained(Basic()).double()
+    model.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
+    wanted = copy.deepcopy(model)
+    replace_conv_bn(model, initialization="folded", inplace=True)
+    assert_same_function(wanted, model, torch.randn(2, 4, 6, 6).double())
+
+
+def test_an_optimizer_of_named_and_tied_parameters():
+    model = Block()
+    model.bn2.weight = model.bn1.weight
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    replace_conv_bn(model, select="bn1", inplace=True, optimizer=optimizer)
+    group = optimizer.param_groups[0]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {id(parameter) for parameter in group["params"]} == set(names)
+    assert len(group["param_names"]) == len(set(group["param_names"])) == len(names)
+
+
+def test_a_norm_without_any_tensor():
+    norm = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    assert type(replace_conv_bn(nn.Sequential(nn.Tanh(), norm)).model[1]) is dc.DeepControl2d
+
+
+def test_a_frozen_norm_whose_eps_is_not_known_is_left():
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.ones(4))
+
+    report = replace_conv_bn(nn.Sequential(nn.Conv2d(4, 4, 3), FrozenBatchNorm2d()), initialization="folded")
+    assert "no attribute eps" in report.left[0].remark
+
+
+def test_a_convolution_that_holds_more_than_its_kernel():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model[0].register_buffer("mask", torch.ones(1))
+    assert hasattr(replace_conv_bn(model).model[0], "mask")
 
 
 def test_folded_resnet_computes_what_batch_norm_computes_in_eval():
@@ -713,6 +972,12 @@ def test_scales_that_are_exponentials_take_checkpoints_but_zeros():
     old[1].weight.data[0] = 0
     with pytest.raises(ValueError, match=r"0: an exponential cannot hold its scales; convert with initialization='fol"):
         report.translate(old.state_dict())
+
+
+def test_a_checkpoint_of_a_model_whose_own_name_is_module():
+    model = nn.Sequential()
+    model.add_module("module", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    assert replace_conv_bn(model).translate(model.state_dict())
 
 
 def test_a_checkpoint_of_another_architecture_is_refused():

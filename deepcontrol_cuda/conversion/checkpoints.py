@@ -49,7 +49,8 @@ def translate(
 
     ``old`` is on the meta device.
     """
-    if state_dict and all(key.startswith("module.") for key in state_dict):
+    prefixed = [all(key.startswith("module.") for key in keys) for keys in (state_dict, old.state_dict())]
+    if prefixed == [True, False]:
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     old = copy.deepcopy(old)
     try:

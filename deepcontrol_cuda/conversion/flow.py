@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import operator
 import sys
 from collections import defaultdict
@@ -14,10 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import generated
 from .norms import as_norm
+
+# Attributes that every module has.
+_OWN = frozenset(vars(nn.Module()))
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Forward:
         fixed: why the forward cannot be written anew, None if it can.
         called: the name of the module that a node calls.
         shapes: what each node gave in the run of the example, where it was one tensor.
+        variants: what it does in the other mode and with its optional arguments left out, where that differs.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Forward:
     fixed: str | None
     called: dict[fx.Node, str] = field(default_factory=dict)
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
+    variants: list[Forward] = field(default_factory=list)
 
 
 class Flow:
@@ -56,7 +63,13 @@ class Flow:
         for module in self.root.modules():
             for child in module._modules.values():
                 self.registrations[id(child)] += child is not None
+        # Held in a plain attribute as well, where no other can take its place.
+        self.held = {self.names[id(held)] for m in self.root.modules() for held in _held(m) if id(held) in self.names}
+        # Their parameters are used by the forward of another.
+        self.read: set[str] = set()
         self.failures: dict[str, str] = {}
+        # By failed forward, the modules that it called until its trace ended.
+        self.reached: dict[str, set[str]] = {}
         self.forwards: dict[str, Forward] = {}
         self.sizes: dict[str, torch.Size] = {}
         for name, module in self.root.named_modules():
@@ -75,17 +88,23 @@ class Flow:
             self.failures[name] = "is replaced on the instance"
             return
         try:
-            graph, fixed = _trace(module)
+            tracer = _Tracer()
+            graph, fixed, variants = _trace(module, tracer)
         except Exception as error:  # a forward may raise anything when it meets a proxy
             what = str(error).splitlines()[0][:80] if str(error) else ""
             self.failures[name] = f"cannot be traced ({type(error).__name__}: {what})"
+            nodes = [node for node in getattr(tracer, "graph", fx.Graph()).nodes if node.op == "call_module"]
+            self.reached[name] = {self.names[id(module.get_submodule(node.target))] for node in nodes}
             return
-        self._add(Forward(name, graph, fixed), module)
+        self._add(Forward(name, graph, fixed, variants=[Forward(name, variant, fixed) for variant in variants]), module)
 
     def _add(self, forward: Forward, module: nn.Module) -> None:
-        for node in forward.graph.nodes:
-            if node.op == "call_module":
-                forward.called[node] = self.names[id(module.get_submodule(node.target))]
+        for each in (forward, *forward.variants):
+            for node in each.graph.nodes:
+                if node.op == "call_module":
+                    each.called[node] = self.names[id(module.get_submodule(node.target))]
+                elif node.op == "get_attr" and (owner := node.target.rpartition(".")[0]):
+                    self.read.add(self.names[id(module.get_submodule(owner))])
         self.forwards[forward.name] = forward
 
     @torch.no_grad()
@@ -94,13 +113,16 @@ class Flow:
         watch = _Watch(self.root, self.names, set(self.failures))
         inputs: dict[str, tuple] = {}
         hooks = []
+
+        def keep(module: nn.Module, args: tuple) -> None:
+            # Copied: a forward may change its arguments in place.
+            inputs.setdefault(self.names[id(module)], tree_map_only(Tensor, torch.clone, args))
+
         for name, forward in self.forwards.items():
-            if any(as_norm(self.root.get_submodule(called)) for called in forward.called.values()):
+            if forward.fixed is None and any(
+                node.op in ("call_function", "call_method") for node in forward.graph.nodes
+            ):
                 module = self.root.get_submodule(name)
-                # Copied: a forward may change its arguments in place.
-                keep = lambda m, args, n=name: inputs.setdefault(  # noqa: E731
-                    n, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-                )
                 hooks.append(module.register_forward_pre_hook(keep))
         modes = {module: module.training for module in self.root.modules()}
         self.root.eval()
@@ -115,9 +137,11 @@ class Flow:
             for module, mode in modes.items():
                 module.training = mode
         self.sizes = watch.sizes
+        self.read |= watch.read
         for name in self.failures:
             if (graph := watch.graph(name)) is not None:
                 self._add(Forward(name, graph, self.failures[name]), self.root.get_submodule(name))
+                self.reached.pop(name, None)
 
     def _shapes(self, forward: Forward, arguments: tuple) -> None:
         module = self.root.get_submodule(forward.name)
@@ -132,34 +156,62 @@ class Flow:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """``model`` on an example: its argument, a tuple or list of arguments, or a mapping of keyword arguments.
+
+    It gets a copy, which its forward may change in place.
+    """
+    example = tree_map_only(Tensor, torch.clone, example)
     if isinstance(example, Mapping):
         return model(**example)
     return model(*(example if isinstance(example, (tuple, list)) else (example,)))
 
 
-def _trace(module: nn.Module) -> tuple[fx.Graph, str | None]:
-    """The graph of a forward, in the module's present mode, and why a forward made from it might not be the same."""
+def _trace(module: nn.Module, tracer: _Tracer) -> tuple[fx.Graph, str | None, list[fx.Graph]]:
+    """The graph of a forward in the present mode; why one made from it might not be the same, and then variants."""
     training = module.training
     state = _state(module)
-    tracer = _Tracer()
     graph = tracer.trace(module)
     fixed = tracer.doubt
     if fixed is None and _state(module) != state:
         fixed = "it changes attributes or makes tensors of its own"
+    if fixed is None and isinstance(module, fx.GraphModule):
+        fixed = "it is a GraphModule, whose class is its own"
     if fixed is None and any(_optional(node) for node in graph.nodes if node.op == "placeholder"):
         fixed = "it has optional arguments"
+    variants = []
     try:
         module.training = not training
-        if fixed is None and generated.source(_Tracer().trace(module)) != generated.source(graph):
+        other = _Tracer().trace(module)
+        if fixed is None and generated.source(other) != generated.source(graph):
             fixed = "it differs between training and evaluation"
+        variants.append(other)
     except generated.NoSource as error:
         fixed = str(error)
     except Exception:  # a forward may raise anything when it meets a proxy
         fixed = "it differs between training and evaluation"
     finally:
         module.training = training
-    return graph, fixed
+    if fixed is None:
+        return graph, None, []
+    with contextlib.suppress(Exception):  # likewise
+        variants.append(_Tracer().trace(module, _defaults(module)))
+    # The graph itself is not to be run: what the forward keeps in attributes counts as given away.
+    if kept := [leaf.node for leaf in tree_leaves(list(vars(module).values())) if isinstance(leaf, fx.Proxy)]:
+        for each in (graph, *variants):
+            output = next(node for node in each.nodes if node.op == "output")
+            output.args = ([*output.args, *(node for node in kept if node.graph is each)],)
+    return graph, fixed, variants
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _held(module: nn.Module) -> list[nn.Module]:
+    """Modules in plain attributes, or in lists and the like there."""
+    values = [value for name, value in vars(module).items() if name not in _OWN]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, nn.Module)]
 
 
 def _optional(placeholder: fx.Node) -> bool:
@@ -167,7 +219,9 @@ def _optional(placeholder: fx.Node) -> bool:
 
 
 def _state(module: nn.Module) -> tuple:
-    plain = {name: id(value) for name, value in module.__dict__.items() if name != "training"}
+    plain = {
+        name: [id(leaf) for leaf in tree_leaves(value)] for name, value in vars(module).items() if name != "training"
+    }
     buffers = [(name, id(b), b._version) for name, b in module.named_buffers(recurse=False) if b is not None]
     return plain, sorted(module._modules), buffers
 
@@ -190,10 +244,32 @@ for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv
     setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
 
 
+def _modes() -> tuple:
+    """What a call depends on besides its arguments, and no graph tells."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)  # torch.utils.checkpoint has some
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, saving
+
+
 class _Tracer(fx.Tracer):
     """Children are black boxes."""
 
     doubt: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _modes() != self.modes:
+            self.doubt = "it sets no_grad, autocast or checkpoints"
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+            name = frame.f_code.co_name
+            if frame.f_locals.get("self") is self.root and not name.startswith("_") and name != "forward":
+                self.doubt = f"it calls {name}, which others may call too"
+            frame = frame.f_back
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
@@ -222,6 +298,12 @@ class _Watch(TorchFunctionMode):
         # For each watched forward what it did, in order: (name of the called module or None, inputs, output). The
         # tensors are held, so that no two have the same id.
         self.events: dict[str, list[tuple[str | None, list[Tensor], Any]]] = {name: [] for name in watched}
+        # What it gave or kept, which others then have.
+        self.given: dict[str, list[Tensor]] = {}
+        self.read: set[str] = set()
+        self.owners = {
+            id(p): name for name, m in root.named_modules() for p in (*m._parameters.values(), *m._buffers.values())
+        }
         self.runs: dict[str, int] = defaultdict(int)
         self.hooks: list = []
 
@@ -245,6 +327,12 @@ class _Watch(TorchFunctionMode):
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         name = self.stack.pop()
+        if name in self.watched and self.runs[name] == 1:
+            attributes = [value for key, value in vars(module).items() if key not in _OWN]
+            parts = [
+                vars(leaf) for leaf in tree_leaves(output) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)
+            ]
+            self.given[name] = _tensors((output, attributes, parts))
         if self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
             self.events[self.stack[-1]].append((name, _tensors((args, kwargs)), output))
 
@@ -253,7 +341,9 @@ class _Watch(TorchFunctionMode):
         # To ask for a shape is no use of a tensor.
         asks = getattr(function, "__name__", "") in _QUESTIONS and not _tensors(output)
         if not asks and self.stack and self.stack[-1] in self.watched and self.runs[self.stack[-1]] == 1:
-            self.events[self.stack[-1]].append((None, _tensors((args, kwargs)), output))
+            inputs = _tensors((args, kwargs))
+            self.read |= {self.owners[id(t)] for t in inputs if id(t) in self.owners} - {self.stack[-1]}
+            self.events[self.stack[-1]].append((None, inputs, output))
         return output
 
     def graph(self, name: str) -> fx.Graph | None:
@@ -271,9 +361,9 @@ class _Watch(TorchFunctionMode):
                 node = graph.call_function(_elsewhere, tuple(sources))
             for tensor in _tensors(output):
                 made[id(tensor)] = node
-        graph.output(None)
+        graph.output(tuple(made[id(tensor)] for tensor in self.given.get(name, []) if id(tensor) in made))
         return graph
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]

@@ -35,7 +35,8 @@ def make(site: Site, conv: nn.Module | None, norm: Norm, method: str, initializa
     ``first``: ``conv`` is the one that sees the input, which Mean Shift Rejection does not project.
     """
     options = {"activation": site.activation.name, "negative_slope": site.activation.negative_slope}
-    like = norm.weight if norm.weight is not None else norm.module.running_var if conv is None else conv.weight
+    found = (norm.weight, None if conv is None else conv.weight, norm.module.running_var, torch.empty(0))
+    like = next(tensor for tensor in found if tensor is not None)
     learned = norm.weight is None or norm.weight.requires_grad
     if conv is None:
         # Vectors and maps of one pixel are their own mean, of which nothing would be left.

@@ -77,6 +77,8 @@ def _with_activation(module: nn.Module, features: int, frozen: bool) -> Norm:
     obstacle = None
     if not isinstance(drop, (nn.Identity, type(None))):
         obstacle = f"it drops ({type(drop).__name__}) between norm and activation"
+    if not hasattr(module, "eps"):
+        obstacle = "it has no attribute eps to read"
     if type(activation) is nn.Identity:
         activation = None
     return Norm(module, features, 2, activation, frozen, obstacle)

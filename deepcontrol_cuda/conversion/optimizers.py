@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.parameter import Parameter
 
 
@@ -31,8 +32,12 @@ def check(optimizer: torch.optim.Optimizer, parameters: Iterable[Parameter]) -> 
         raise ValueError("optimizer: got one with no parameter of the model, wanted the model's own")
 
 
-def apply(optimizer: torch.optim.Optimizer, changes: list[Change]) -> list[Parameter]:
-    """Change the groups, and drop the state of what is gone. Returns new parameters whose likes have no group."""
+def apply(optimizer: torch.optim.Optimizer, changes: list[Change], model: nn.Module) -> list[Parameter]:
+    """Change the groups, and drop the state of what is gone from ``model``, which has changed.
+
+    Returns:
+        New parameters whose likes have no group.
+    """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     homeless = []
     for change in changes:
@@ -42,9 +47,13 @@ def apply(optimizer: torch.optim.Optimizer, changes: list[Change]) -> list[Param
                 group["params"].append(parameter)
             elif parameter.requires_grad:
                 homeless.append(parameter)
-    gone = {id(parameter) for change in changes for parameter in change.old}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    gone = {id(parameter) for change in changes for parameter in change.old} - names.keys()
     for group in optimizer.param_groups:
+        old = {id(p): name for p, name in zip(group["params"], group.get("param_names", ()))}
         group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        if "param_names" in group:
+            group["param_names"] = [old.get(id(p)) or names[id(p)] for p in group["params"]]
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         del optimizer.state[parameter]
     return homeless

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from .. import calibrate, modules
 from . import layers, measure, optimizers, rewrite
@@ -59,8 +60,10 @@ def replace_conv_bn(
     What is called with what comes from ``torch.fx`` traces of each module's forward. Where one adds or activates by
     itself (``out += x``, ``F.relu``, an activation module called twice), the module gets a generated subclass of its
     class whose forward lets the layer do it; it keeps the branches and constants that the forward has now. Forwards
-    with optional arguments, or that ask for types or for ``training``, are not written anew. A forward that cannot be
-    traced is watched in one run of ``example``; without one its norms are replaced alone.
+    with optional arguments, that ask for types or for ``training``, set ``no_grad``, autocast or checkpoints, change
+    attributes or call public methods of their module, are not written anew; nor is any other method, so that one that
+    calls the layers but is not called by the forward finds them doing more. A forward that cannot be traced is watched
+    in one run of ``example``; without one its norms are replaced alone.
 
     Names, devices, dtypes, memory formats, training modes and hooks stay; the layer holds the very kernel of the
     convolution. Convert before ``torch.compile``, DDP or FSDP, and load state dicts of the old model with
@@ -96,17 +99,19 @@ def replace_conv_bn(
     plan = _plan(flow, method, initialization, select)
     result = copy.deepcopy(model)
     result, _ = _apply(result, plan, method, initialization)
-    _set_values(result, flow, plan, initialization, example)
+    unreached = _set_values(result, flow, plan, initialization, example)
     report = Report(result, method, initialization, notes=_notes(plan, model), _sources=plan.sources())
+    if unreached:
+        report.notes.append(f"not calibrated, for the example does not reach them: {', '.join(unreached)}")
     _fill(report, flow, plan, example)
     report._old = flow.root.to("meta")
     if dry_run:
         report.model, report._sources = model, []
     elif inplace:
         changed, changes = _apply(model, plan, method, initialization)
-        changed.load_state_dict(result.state_dict())
+        _copy_values(changed, result, plan)
         report.model = changed
-        if optimizer is not None and (homeless := optimizers.apply(optimizer, changes)):
+        if optimizer is not None and (homeless := optimizers.apply(optimizer, changes, changed)):
             report.notes.append(
                 f"{len(homeless)} new parameters are in no group of the optimizer: what they stand for was in none"
             )
@@ -276,7 +281,8 @@ def _change(layer: nn.Module, conv: nn.Module | None, norm) -> optimizers.Change
 
 
 @torch.no_grad()
-def _set_values(model: nn.Module, flow: Flow, plan: _Plan, initialization: str, example: Any) -> None:
+def _set_values(model: nn.Module, flow: Flow, plan: _Plan, initialization: str, example: Any) -> list[str]:
+    """Returns the names of layers that were to be calibrated and that the example did not reach."""
     targets = {}
     for source in plan.sources():
         layer = model.get_submodule(source.layer)
@@ -288,8 +294,19 @@ def _set_values(model: nn.Module, flow: Flow, plan: _Plan, initialization: str, 
         layers.start_(layer, initialization, source.exclusive)
         if norm is not None:
             targets[layer] = calibrate.Target(norm.weight, norm.bias)
-    if initialization == "calibrated" and targets:
-        calibrate.calibrate_(model, example, targets)
+    if initialization != "calibrated" or not targets:
+        return []
+    done = calibrate.calibrate_(model, tree_map_only(Tensor, torch.clone, example), targets)
+    return [name for name, module in model.named_modules() if module in targets and name not in done]
+
+
+@torch.no_grad()
+def _copy_values(model: nn.Module, result: nn.Module, plan: _Plan) -> None:
+    # By hand: hooks on a state dict may change it.
+    for source in plan.sources():
+        found = result.get_submodule(source.layer).named_parameters()
+        for name, parameter in found:
+            model.get_submodule(source.layer).get_parameter(name).copy_(parameter)
 
 
 def _notes(plan: _Plan, model: nn.Module) -> list[str]:
@@ -316,8 +333,10 @@ def _fill(report: Report, flow: Flow, plan: _Plan, example: Any) -> None:
         try:
             kept = [measure.kept_bytes(m, example, o) for m, o in ((flow.root, before), (report.model, after))]
             report.activation_bytes_before, report.activation_bytes_after = (sum(k.values()) for k in kept)
-        except (RuntimeError, ValueError) as error:
-            report.notes.append(f"bytes kept for backward were not measured: {str(error).splitlines()[0]}")
+        except Exception as error:  # a forward may refuse to train on arguments for evaluation
+            report.notes.append(
+                f"bytes kept for backward were not measured: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            )
             kept = [None, None]
     for site in plan.sites:
         old = [flow.root.get_submodule(name) for name in (site.conv_name, site.norm_name) if name is not None]

@@ -97,13 +97,13 @@ def _graph(rewriting: Rewriting) -> fx.Graph:
         target = _relative(site.place, root)
         if site.sum is not None and site.sum.forward is rewriting.forward:
             nodes = [*site.nodes, *site.sum.nodes]
-            replace(nodes, nodes[-1], target, added_to(site))
+            replace(nodes, site.sum.place, target, added_to(site))
         else:
             # Where the convolution was: what it reads may change before the next call.
             replace(site.nodes, site.nodes[0], target, residual if site.nodes[0] is rewriting.handed_on else None)
     for site in rewriting.summed:
         nodes = [site.sum.call, *site.sum.nodes]
-        replace(nodes, nodes[-1], site.sum.call.target, added_to(site))
+        replace(nodes, site.sum.place, site.sum.call.target, added_to(site))
     if rewriting.handed_on is not None and rewriting.handed_on not in [site.nodes[0] for site in rewriting.merged]:
         node = copies[rewriting.handed_on]
         node.kwargs = {**node.kwargs, "residual": residual}

@@ -38,6 +38,7 @@ _IN_PLACE_SUMS = (operator.iadd, "add_")
 _KEEP_SHAPE = (nn.Dropout, *_MODULES)
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _POOL_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_STATE_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") and "state_dict" in name]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Sum:
     Attributes:
         forward: where the sum is.
         call: whose output is summed: the site's own first call, or that of a module around it.
+        place: the sum itself. What is added may change behind it.
         nodes: the calls behind ``call`` that it takes in, in order.
         residual: the other operand.
         through: where the residual is handed on, from the outside to the inside: (forward, the call that gets it).
@@ -62,6 +64,7 @@ class Sum:
 
     forward: Forward
     call: fx.Node
+    place: fx.Node
     nodes: list[fx.Node]
     residual: fx.Node
     through: list[tuple[Forward, fx.Node]]
@@ -163,6 +166,8 @@ class Finder:
     def _site(self, name: str, norm: Norm) -> Site | Left:
         if norm.obstacle is not None:
             return Left(name, norm, norm.obstacle)
+        if (reason := self._why_not_replaced(name)) is not None:
+            return Left(name, norm, reason)
         calls = self.flow.calls[name]
         site = Site(name, norm, -1)
         if len(calls) == 1:
@@ -206,6 +211,8 @@ class Finder:
             reason = f"the output of {name} goes elsewhere too"
         if reason is None and self._why_not_alone(site.norm_name) is not None:
             reason = self._why_not_alone(site.norm_name)
+        if reason is None and not self._always_follows(forward, name, site.norm_name):
+            reason = f"{site.norm_name} does not always follow {name}: {forward.fixed}"
         if reason is None and self._module(name).out_channels != site.norm.features:
             reason = f"{site.norm.features} features behind the {self._module(name).out_channels} filters of {name}"
         if reason is not None:
@@ -220,6 +227,8 @@ class Finder:
             return f"{type(conv).__name__} in front, and only Conv1d, Conv2d and Conv3d are merged"
         if (reason := self._why_not_alone(name)) is not None:
             return reason
+        if conv._buffers or conv._modules or any(getattr(conv, hooks) for hooks in _STATE_HOOKS):
+            return f"{name} has buffers, modules or hooks on its state dict"
         if not conv.weight.is_floating_point():
             return f"{name} has a kernel of dtype {conv.weight.dtype}"
         return None
@@ -229,9 +238,35 @@ class Finder:
         module = self._module(name)
         if len(self.flow.calls[name]) != 1:
             return self._why_not_one_call(name)
+        for caller, reached in self.flow.reached.items():
+            if name in reached:
+                return f"the forward of {caller or 'the model'}, which {self.flow.failures[caller]}, calls {name} too"
         if self.flow.registrations[id(module)] > 1:
             return f"{name} is registered in several places"
+        if (reason := self._why_not_replaced(name)) is not None:
+            return reason
         return f"{name} has hooks" if _has_hooks(module) else None
+
+    def _why_not_replaced(self, name: str) -> str | None:
+        """What another module at this place would not have."""
+        if "forward" in vars(self._module(name)):
+            return f"the forward of {name} is replaced on the instance"
+        if name in self.flow.held:
+            return f"{name} is held in a plain attribute too"
+        return f"a forward uses the tensors of {name} by itself" if name in self.flow.read else None
+
+    def _always_follows(self, forward: Forward, first: str, second: str) -> bool:
+        """Whether ``second`` alone takes what ``first`` gives in all variants of the forward that call either."""
+        for variant in forward.variants:
+            called = list(variant.called.values())
+            if first not in called and second not in called:
+                continue
+            if called.count(first) != 1 or called.count(second) != 1:
+                return False
+            behind = self._next(variant, next(node for node, name in variant.called.items() if name == first))[1]
+            if variant.called.get(behind) != second:
+                return False
+        return True
 
     def _rank_in_front(self, site: Site) -> int | None:
         if site.forward is None:
@@ -276,7 +311,8 @@ class Finder:
         if found is None or self._why_not_alone(site.norm_name) is not None:
             return
         name = forward.called.get(node)
-        if name is not None and self._why_not_alone(name) is None:
+        alone = name is not None and self._why_not_alone(name) is None
+        if alone and self._always_follows(forward, site.norm_name, name):
             site.activation_name = name
         elif forward.fixed is not None:
             return
@@ -305,15 +341,18 @@ class Finder:
         found = []
         for operand in node.args:
             residual = node.args[operand is node.args[0]]
-            if residual is node.args[0] and node.target in _IN_PLACE_SUMS and not _is_fresh(residual):
-                continue
+            if residual is node.args[0] and node.target in _IN_PLACE_SUMS:
+                # What no layer gave may have aliases, through which others see that it is overwritten.
+                source = self._back_to_call(forward, residual, node)[1]
+                if self._summand(forward, source, ends)[0] is None:
+                    continue
             identities, source = self._back_to_call(forward, operand, node)
             site, call, through = self._summand(forward, source, ends)
-            if site is None or not self._fits(forward, node, residual):
+            if site is None or not self._fits(forward, node):
                 continue
             if any(order[call] < order[n] < order[node] for i in call.all_input_nodes for n in self._users(forward, i)):
                 continue  # between its old place and the new one something may change what it reads
-            found.append((site, Sum(forward, call, [*identities, node], residual, through)))
+            found.append((site, Sum(forward, call, node, [*identities, node], residual, through)))
         if not found:
             return
         # A layer called here rather than in another forward, and of two the later one.
@@ -353,10 +392,11 @@ class Finder:
         site, call, through = self._summand(inner, self._back_to_call(inner, output.args[0], output)[1], ends)
         return (None, None, []) if site is None else (site, source, [(inner, call), *through])
 
-    def _fits(self, forward: Forward, node: fx.Node, residual: fx.Node) -> bool:
-        """Whether the residual has the shape of the sum; without an example that is assumed."""
-        shapes = forward.shapes
-        return residual not in shapes or node not in shapes or shapes[residual] == shapes[node]
+    def _fits(self, forward: Forward, node: fx.Node) -> bool:
+        """Whether both operands have the shape of the sum; without an example that is assumed of all but parameters."""
+        if node not in forward.shapes:
+            return all(operand.op != "get_attr" for operand in node.args)
+        return all(forward.shapes.get(operand) == forward.shapes[node] for operand in node.args)
 
     def _users(self, forward: Forward, node: fx.Node) -> list[fx.Node]:
         """What takes the output of ``node``, and in place of identities what takes theirs."""
@@ -391,11 +431,6 @@ class Finder:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether a value that a sum overwrites is seen by nobody else."""
-    return node.op != "placeholder" and len(node.users) == 1
 
 
 def _activation_of(module: nn.Module) -> Activation | None:
