@@ -1013,7 +1013,8 @@ def test_a_checkpoint_of_another_architecture_is_refused():
             "optimizer: got one with no parameter",
         ),
         ((nn.DataParallel(Basic()),), {}, TypeError, "DataParallel; convert its .module"),
-        ((torch.compile(Basic()),), {}, TypeError, "torch.compile wraps"),
+        ((torch.compile(Basic()),), {}, TypeError, "model: it is what torch.compile returned"),
+        ((nn.Sequential(torch.compile(Basic())),), {}, TypeError, "model: 0 is what torch.compile returned"),
         ((nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)),), {}, TypeError, "model: 0.weight is lazy"),
     ],
 )

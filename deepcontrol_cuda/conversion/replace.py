@@ -160,14 +160,14 @@ def _check(model, method, initialization, example, optimizer, inplace) -> None:
         raise ValueError(f"initialization: got {initialization!r}, wanted one of {wanted}")
     if initialization == "calibrated" and example is None:
         raise ValueError("example: got None, wanted a batch for initialization='calibrated'")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("model: got one that torch.compile wraps; convert the module in it, then compile")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model: got a {type(model).__name__}; convert its .module, then wrap")
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise TypeError("model: got one with sharded parameters (DTensor); convert, then shard")
     for name, module in model.named_modules():
         where = f"model: {name or 'it'} is"
+        if "_orig_mod" in module._modules:
+            raise TypeError(f"{where} what torch.compile returned; convert the module that it was given, then compile")
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{where} TorchScript, which cannot be changed; convert first, then torch.jit.trace")
         kind = type(module).__module__
