@@ -8,14 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import backends
 from deepcontrol_cuda.timing import Times, summarize
 from deepcontrol_cuda.training.methods import METHODS
+
+from .step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ def between(batch: int, size: int, repeats: int, progress: Callable[[], object] 
 
     So gradients are as warm in cache as backward leaves them.
     """
-    step = _Step(METHODS["none"].build("resnet50", 3, 1000, seed=0), batch, size)
+    step = TrainingStep(METHODS["none"].build("resnet50", 3, 1000, seed=0), batch, size)
     kernels = dc.spatial_kernels(step.model)
     seconds: dict[str, list[float]] = {"step": [], "projection": []}
     step()
@@ -52,7 +49,7 @@ def within(batch: int, size: int, repeats: int, progress: Callable[[], object] =
     for module in plain.modules():
         if isinstance(module, dc.MeanShiftConv2d):
             module.projection = 0.0
-    steps = {"projected": _Step(projected, batch, size), "not projected": _Step(plain, batch, size)}
+    steps = {"projected": TrainingStep(projected, batch, size), "not projected": TrainingStep(plain, batch, size)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
@@ -69,31 +66,3 @@ def within(batch: int, size: int, repeats: int, progress: Callable[[], object] =
 def _cost(seconds: dict[str, list[float]], part: str, whole: str) -> Cost:
     ratios = [a / b for a, b in zip(seconds[part], seconds[whole])]
     return Cost({name: summarize(values) for name, values in seconds.items()}, {f"{part} / {whole}": summarize(ratios)})
-
-
-class _Step:
-    """A training step by SGD with momentum on random images, in channels_last and float32; calls return seconds."""
-
-    def __init__(self, model: nn.Module, batch: int, size: int) -> None:
-        self.model = model.to(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, size, size, generator=generator)
-        self.images = images.to(memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (batch,), generator=generator)
-        # So small a rate that a plain net stays finite; the time of a step does not depend on it.
-        self.optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
-
-    def __call__(self) -> float:
-        return self.backward() + self.update()
-
-    def backward(self) -> float:
-        self.optimizer.zero_grad()
-        start = time.perf_counter()
-        with backends.use("cpu"):
-            F.cross_entropy(self.model(self.images), self.labels).backward()
-        return time.perf_counter() - start
-
-    def update(self) -> float:
-        start = time.perf_counter()
-        self.optimizer.step()
-        return time.perf_counter() - start

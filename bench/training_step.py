@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepcontrol_cuda as dc
@@ -19,6 +18,7 @@ from deepcontrol_cuda.training.table import markdown_table
 
 from .report import Verdict, at_least, at_most
 from .runner import WrongResultError
+from .step import TrainingStep
 
 BATCH_NORM = "Batch Norm"
 COMPILED = "Batch Norm, compiled"
@@ -133,7 +133,7 @@ def measure(
     dtype: str, batch: int, size: int, repeats: int, names: tuple[str, ...], progress: Callable[[], object]
 ) -> Result:
     """Steps of all models in turn, in a new order each round; bfloat16 is autocast."""
-    steps = {name: _Step(model, dtype, batch, size) for name, model in models(names).items()}
+    steps = {name: TrainingStep(model, batch, size, dtype == "bfloat16") for name, model in models(names).items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -146,7 +146,7 @@ def measure(
             seconds[name].append(steps[name]())
         progress()
     ratios = {n: summarize([b / s for b, s in zip(seconds[BATCH_NORM], seconds[n])]) for n in steps if n != BATCH_NORM}
-    peaks = {name: peak_bytes(step.with_gradients_in_place) for name, step in steps.items()}
+    peaks = {name: peak_bytes(partial(step.backward, set_to_none=False)) for name, step in steps.items()}
     return Result(dtype, {name: summarize(values) for name, values in seconds.items()}, ratios, peaks)
 
 
@@ -178,33 +178,3 @@ def verdicts(results: list[Result]) -> list[Verdict]:
             peak = result.peak_bytes[name] / result.peak_bytes[BATCH_NORM]
             found.append(at_most(what.format("peak bytes, ours / Batch Norm"), peak, 0.6))
     return found
-
-
-class _Step:
-    """A step on random images; calls return seconds."""
-
-    def __init__(self, model: nn.Module, dtype: str, batch: int, size: int) -> None:
-        self.model = model
-        self.autocast = dtype == "bfloat16"
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(batch, 3, size, size, generator=generator)
-        self.images = images.to(memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (batch,), generator=generator)
-        # So small a rate that a net without norms stays finite; the time of a step does not depend on it.
-        self.optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9)
-
-    def __call__(self) -> float:
-        self.optimizer.zero_grad()
-        start = time.perf_counter()
-        self._backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
-
-    def with_gradients_in_place(self) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
-        self._backward()
-
-    def _backward(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = F.cross_entropy(self.model(self.images), self.labels)
-        loss.backward()

@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("tqdm")
 
-from bench import memory, peers, record, report, runner
+from bench import memory, peers, record, report, runner, training_step
 from bench.__main__ import main
 from bench.cases import SETS
 from bench.runner import Row, Setting
@@ -244,3 +244,26 @@ def test_gradients_do_not_accumulate_between_calls():
     for name, tensor in step.results().items():
         assert torch.equal(tensor, first[name])
     assert times["a"].minimum > 0
+
+
+def test_a_training_step_before_and_after_the_conversion(tmp_path, capsys):
+    options = ("--size", "32", "--batch", "2", "--repeats", "2", "--threads", "1", "--dtype", "float32")
+    assert main(["training-step", *options, "--models", "Deep Control", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    run = written(tmp_path)
+    assert run["error"] <= 1e-5
+    (result,) = run["results"]
+    assert set(result["times"]) == {"Batch Norm", "Deep Control"}
+    ratio = result["ratios"]["Deep Control"]["median"]
+    assert f"{ratio:.3f}" in out
+    verdict = next(v for v in run["verdicts"] if v["what"] == "float32: Batch Norm / ours, Deep Control")
+    assert verdict["value"] == ratio
+    assert verdict["reached"] == (ratio >= 1.15)
+    assert 0 < result["peak_bytes"]["Deep Control"] < result["peak_bytes"]["Batch Norm"]
+
+
+def test_what_a_conversion_gets_wrong_is_not_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training_step, "TOLERANCE", 0.0)
+    assert main(["training-step", "--size", "32", "--output", str(tmp_path)]) == 1
+    assert "converted models are off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
