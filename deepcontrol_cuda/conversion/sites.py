@@ -57,6 +57,7 @@ class Sum:
         forward: where the sum is.
         call: whose output is summed: the site's own first call, or that of a module around it.
         place: the sum itself. What is added may change behind it.
+        place: the sum itself, where the layer is called from now on.
         nodes: the calls behind ``call`` that it takes in, in order.
         residual: the other operand.
         through: where the residual is handed on, from the outside to the inside: (forward, the call that gets it).
