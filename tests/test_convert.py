@@ -925,6 +925,9 @@ def test_dry_run_changes_nothing_and_reports_the_same():
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert dry.to_json() == replace_conv_bn(model, example=x).to_json()
+    for ask in (dry.key_map, lambda: dry.translate(before)):
+        with pytest.raises(ValueError, match="report: got one of dry_run=True"):
+            ask()
 
 
 def test_the_report_counts_parameters_and_bytes():
@@ -942,6 +945,14 @@ def test_the_report_counts_parameters_and_bytes():
     assert sum(r["activation_bytes_after"] for r in content["replaced"]) <= content["activation_bytes_after"]
     assert content["activation_bytes_after"] < 0.6 * content["activation_bytes_before"]
     assert f"{row['parameters_before']} -> {row['parameters_after']}" in str(report)
+
+
+def test_the_report_says_why_a_sum_or_an_activation_stays():
+    remarks = {row.module: row.remark for row in replace_conv_bn(nn.Sequential(DependsOnTraining())).replaced}
+    assert remarks["0.conv1"] == (
+        "the sum behind it stays in 0, whose forward is not written anew: it differs between training and evaluation"
+    )
+    assert remarks["0.downsample.0"] == ""
 
 
 @both_methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -427,6 +428,16 @@ def test_export(folder, capsys):
     assert torch.allclose(program(images), model(images), rtol=1e-5)
 
 
+def test_files_that_are_read_are_not_written_over(folder, capsys):
+    torch.save(trained().state_dict(), "weights.pt")
+    before = Path("weights.pt").read_bytes()
+    for option in ("--out", "--report"):
+        others = () if option == "--out" else ("--out", "out.pt")
+        assert convert("--weights", "weights.pt", option, "./weights.pt", *others) == 1
+        refused(capsys, f"{option}: got weights.pt, which is --weights; wanted another file")
+    assert Path("weights.pt").read_bytes() == before
+
+
 def test_onnx(folder, capsys):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -436,6 +447,8 @@ def test_onnx(folder, capsys):
     assert convert("--weights", "weights.pt", "--image-size", 12, "--out", "out.onnx") == 0
     run_code(capsys.readouterr().out, "outputs")
     session = runtime.InferenceSession("out.onnx")
+    # No layer takes a mean that it multiplies by zero.
+    assert "Sub" not in {node.op_type for node in importlib.import_module("onnx").load("out.onnx").graph.node}
     images = torch.rand(5, 3, 10, 14)
     (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     assert torch.allclose(torch.from_numpy(got), model(images), rtol=1e-5)

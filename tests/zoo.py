@@ -371,8 +371,9 @@ def row(name: str) -> tuple[str, ...]:
 
 
 HEAD = (
-    "network", "input", "norms", "merged", "activations", "adds", "norm only", "left", "parameters", "Deep Control",
-    "Mean Shift Rejection", "bytes", "Deep Control", "ratio", "Mean Shift Rejection", "ratio",
+    "network", "input", "norms", "merged", "activations", "adds", "norm only", "left", "parameters",
+    "with Deep Control", "with Mean Shift Rejection", "bytes", "bytes with Deep Control", "ratio",
+    "bytes with Mean Shift Rejection", "ratio",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "transformers")
 

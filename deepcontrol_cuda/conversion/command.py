@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import backends, files, modules
 from .._version import __version__
+from ..plain import to_reference
 from . import Report, replace_conv_bn
 from .layers import INITIALIZATIONS, METHODS
 from .sources import InputError, Source, load_weights, read_batch
@@ -161,6 +162,12 @@ def _check(options: Options, initialization: str) -> None:
         if lacking:
             raise InputError(f"--out: ONNX needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
         _check_writable("--out", options.out)
+    for name in ("out", "report"):
+        written = getattr(options, name)
+        for given in ("weights", "batch"):
+            read = getattr(options, given)
+            if written is not None and read is not None and written.resolve() == read.resolve():
+                raise InputError(f"--{name}: got {written}, which is --{given}; wanted another file")
     if options.report is not None:
         _check_writable("--report", options.report)
         if options.out is not None and options.report.resolve() == options.out.resolve():
@@ -282,9 +289,8 @@ def _checkpoint(
 def _program(options: Options, _: str, __: Source, report: Report, example: object) -> tuple[bytes, str]:
     arguments, keywords, shapes = _dynamic(example)
     buffer = io.BytesIO()
-    # PyTorch's own operations: the program also runs where this package is not installed.
     with _made(".pt2"), backends.use("reference"):
-        program = torch.export.export(report.model.eval(), arguments, keywords, dynamic_shapes=shapes)
+        program = torch.export.export(_deployed(report), arguments, keywords, dynamic_shapes=shapes)
         torch.export.save(program, buffer)
     code = (
         "import torch",
@@ -294,11 +300,16 @@ def _program(options: Options, _: str, __: Source, report: Report, example: obje
     return buffer.getvalue(), "\n".join(code)
 
 
+def _deployed(report: Report) -> nn.Module:
+    """The model for inference alone, in PyTorch's own modules, with all that can be merged into its kernels."""
+    return to_reference(report.model.eval(), fold=True)
+
+
 def _onnx(options: Options, _: str, __: Source, report: Report, example: object) -> tuple[bytes, str]:
     arguments, keywords, shapes = _dynamic(example)
     with _made(".onnx"), backends.use("reference"):
         program = torch.onnx.export(
-            report.model.eval(), arguments, kwargs=keywords, dynamic_shapes=shapes, dynamo=True, verbose=False
+            _deployed(report), arguments, kwargs=keywords, dynamic_shapes=shapes, dynamo=True, verbose=False
         )
         content = program.model_proto.SerializeToString()
     names = [value.name for value in program.model_proto.graph.input]

@@ -72,8 +72,9 @@ def replace_conv_bn(
     Args:
         model: any module.
         method: "deep_control" or "mean_shift_rejection".
-        initialization: "fresh", to train anew: gain 1, mean_scale 1, bias 0, kernels as they are; or Mean Shift
-            Rejection's own kernels, scales of 0.8 and a bias at the input alone. "folded", for trained models, computes
+        initialization: "fresh", neutral: gain 1, mean_scale 1, bias 0, kernels as they are, after which
+            ``calibrate_gain_`` sets the gains; or Mean Shift Rejection's own kernels, scales of 0.8 and a bias at the
+            input alone. "folded", for trained models, computes
             what the model computes in ``eval()``: ``gain = gamma / sigma, mean_scale = 0, bias = beta + gamma
             (conv.bias - mu) / sigma``. "calibrated": kernels as they are, means taken out (``mean_scale = 1``), gain
             and bias such that over ``example`` every channel has the deviation ``gamma`` and the mean ``beta``, as
@@ -104,10 +105,11 @@ def replace_conv_bn(
     if unreached:
         report.notes.append(f"not calibrated, for the example does not reach them: {', '.join(unreached)}")
     _fill(report, flow, plan, example)
-    report._old = flow.root.to("meta")
     if dry_run:
-        report.model, report._sources = model, []
-    elif inplace:
+        report.model = model
+        return report
+    report._old = flow.root.to("meta")
+    if inplace:
         changed, changes = _apply(model, plan, method, initialization)
         _copy_values(changed, result, plan)
         report.model = changed

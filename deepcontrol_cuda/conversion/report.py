@@ -87,18 +87,26 @@ class Report:
 
     def key_map(self) -> dict[str, str]:
         """Where each key of the Batch Norm model's state dict goes; several may go into one, "" is dropped."""
+        self._check_converted()
         return checkpoints.key_map(self._old, self.model, self._sources)
 
     def translate(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of a trained Batch Norm model as one for the converted model, folded.
 
         ``report.model.load_state_dict(report.translate(checkpoint))`` then computes what the Batch Norm model computes
-        in evaluation, whatever ``initialization`` was. A prefix "module." on all keys is taken off.
+        in evaluation, whatever ``initialization`` set before. A prefix "module." on all keys is taken off.
 
         Raises:
-            ValueError: the checkpoint is of another architecture: keys are missing, unknown or of another shape.
+            ValueError: the checkpoint is of another architecture: keys are missing, unknown or of another shape; a
+                layer has no parameter that could hold a value, as Mean Shift Rejection's after "fresh" have no bias;
+                or nothing was converted (``dry_run``).
         """
+        self._check_converted()
         return checkpoints.translate(self._old, self.model, self._sources, state_dict)
+
+    def _check_converted(self) -> None:
+        if self._old is None:
+            raise ValueError("report: got one of dry_run=True, which converted nothing; wanted one of a conversion")
 
 
 def _table(rows: list[Row]) -> list[str]:

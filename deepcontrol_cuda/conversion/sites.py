@@ -143,6 +143,21 @@ class Finder:
             if forward.fixed is None:
                 for node in forward.graph.nodes:
                     self._take_sum(forward, node, ends)
+        for site in sites:
+            if site.forward is not None and site.forward.fixed is not None and not site.activates:
+                self._remark_on_what_stays(site)
+
+    def _remark_on_what_stays(self, site: Site) -> None:
+        forward = site.forward
+        node = self._next(forward, site.nodes[-1])[1]
+        if node is None:
+            return
+        what = (
+            "sum" if node.target in _SUMS.get(node.op, ()) else "activation" if self._activation(forward, node) else ""
+        )
+        if what:
+            where = f"{forward.name or 'the model'}, whose forward is not written anew: {forward.fixed}"
+            site.remark = "; ".join(filter(None, [site.remark, f"the {what} behind it stays in {where}"]))
 
     def behind(self, sites: list[Site]) -> dict[str, str]:
         """Convolutions with more than one tap that take a site's output and are in none: name and the norm's name."""
