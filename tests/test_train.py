@@ -467,7 +467,7 @@ def difference(folder, arguments, options) -> float:
     [
         (["--batch-size", "320"], ["--amp"], 0.2),
         (["--clip-grad-norm", "0.5", "--batch-size", "160"], ["--amp", "float16"], 0.2),
-        # Four small steps: behind 21 the reference's own two layouts are up to 7 % apart, as rounding decides some ReLU.
+        # Four small steps: behind 21 the reference itself is up to 7 % apart, as rounding decides some ReLU.
         (["--batch-size", "320", "--learning-rate", "0.01"], ["--no-channels-last"], 1e-4),
         (["--method", "mean_shift_rejection"], ["--compile", "aot_eager"], 1e-4),
     ],
