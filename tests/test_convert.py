@@ -183,6 +183,19 @@ class SameOperands(Block):
         return self.relu(out + out)
 
 
+class NormOfAnother(nn.Module):
+    """A forward that is written anew calls a norm that is registered under another module first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = nn.ModuleList([nn.BatchNorm2d(4)])
+        self.block = Functional()
+        self.block.bn1 = self.owner[0]
+
+    def forward(self, x):
+        return self.block(x)
+
+
 class ModuleNamedAdd(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -351,7 +364,8 @@ BLOCKS = [
     Basic, Downsampled, SumOfBranches, AfterTheSum, Functional, Method, SumIsUsedTwice, NormIsUsedTwice,
     ConvIsUsedTwice, SharedConv, SharedNorm, PreActivation, InputChangesBehindTheConvolution, SumOverwritesTheShortcut,
     SumOverwritesTheArgument, SameOperands, Scaled, Keywords, AsksForTheType, DependsOnTraining, MakesATensor,
-    Optional, Untraceable, Nested, ModuleNamedAdd, ShortcutChangesBehindTheSum, SumIntoAView, WithoutGradient, Head,
+    Optional, Untraceable, Nested, ModuleNamedAdd, NormOfAnother,
+    ShortcutChangesBehindTheSum, SumIntoAView, WithoutGradient, Head,
     CallsWhatIsInASequence, OptionalBranch, HeldInAList, UsesTheConvolutionsTensors, ForwardOnTheInstance,
     AddsAParameter,
 ]  # fmt: skip

@@ -82,7 +82,6 @@ def _graph(rewriting: Rewriting) -> fx.Graph:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(inputs[-1]):
             residual = graph.placeholder("residual", default_value=None)
-    root = rewriting.forward.name
     new: dict[fx.Node, fx.Node] = {}
 
     def replace(nodes: list[fx.Node], at: fx.Node, target: str, added: fx.Node | None) -> None:
@@ -94,7 +93,7 @@ def _graph(rewriting: Rewriting) -> fx.Graph:
         return new.get(residual, copies[residual])
 
     for site in rewriting.merged:
-        target = _relative(site.place, root)
+        target = site.nodes[0].target  # the layer is where the first of the modules was
         if site.sum is not None and site.sum.forward is rewriting.forward:
             nodes = [*site.nodes, *site.sum.nodes]
             replace(nodes, site.sum.place, target, added_to(site))
