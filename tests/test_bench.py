@@ -20,7 +20,7 @@ from deepcontrol_cuda.memory import peak_bytes
 from deepcontrol_cuda.timing import Shape, Step, Times, interleaved
 
 # One thread, so that a busy machine does not make the tests slow.
-QUICK = ("layers", "--quick", "--repeats", "2", "--threads", "1", "--set", "resnet50",
+QUICK = ("layers", "--quick", "--repeats", "2", "--threads", "1", "--set", "mobilenet_v2",
          "--peers", "conv_bn_relu", "conv_bn_relu_folded")  # fmt: skip
 
 

@@ -478,6 +478,20 @@ def test_sums_do_not_drift(backend, channels_last):
     assert (got - oracle).abs().max() < 4 * 1000 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize(("channels", "filters"), [(2048, 64), (64, 2048)])
+def test_long_sums_of_products_do_not_drift(channels, filters):
+    """Of positive numbers, so that every rounding shows: one running float32 sum of 2048 is off by 20 epsilons here."""
+    torch.manual_seed(0)
+    x = torch.rand(1, channels, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.rand(filters, channels, 1, 1)
+    y = dc.functional.deep_control_conv2d(x, weight, mean_scale=0.0, backend="cpu")
+    y.backward(grad := torch.rand_like(y))
+    exact = torch.nn.functional.conv2d(x.detach().double(), weight.double())
+    exact_grad = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double())
+    for got, oracle in ((y.detach(), exact), (x.grad, exact_grad)):
+        assert ((got - oracle).abs() / oracle).max() < 8 * torch.finfo(torch.float32).eps
+
+
 @on_every_gpu
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)

@@ -84,6 +84,30 @@ DC_INLINE void accumulate(f32v (&sums)[rows][vectors], int64_t steps, const Unit
   }
 }
 
+// The same with a's elements side by side, for sums of any length. In float32, where rounding is all the error there is,
+// long ones are made of parts, so that it grows with the length of a part plus the number of parts.
+template <class T, int rows, int vectors, class Unit>
+DC_INLINE void accumulate_in_parts(f32v (&sums)[rows][vectors], int64_t steps, const Unit* a, int64_t row, const Unit* b,
+                                   int64_t stride) {
+  const int64_t part = std::is_same_v<T, float> ? 256 : steps;
+  f32v total[rows][vectors];
+  for (int64_t k = 0; k < steps; k += part) {
+    if (k) {
+      for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+          total[r][v] = k == part ? sums[r][v] : total[r][v] + sums[r][v];
+          sums[r][v] = f32v{};
+        }
+      }
+    }
+    accumulate<T>(sums, std::min(part, steps - k), a + k, row, 1, b + k * stride, stride);
+  }
+  if (steps <= part) return;
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) sums[r][v] += total[r][v];
+  }
+}
+
 // Calls body(rows at once as a type, first row) until all rows are done.
 template <class Body>
 DC_INLINE void each_rows(int64_t first, int64_t last, Body&& body) {
@@ -126,7 +150,7 @@ DC_INLINE void pointwise_tile(const PointwiseForward& p, const PiecewiseLinear<f
     if (p.residual) prefetch(offset<T>(p.residual, at), wide);
   }
   f32v sums[rows][kVectorsAtOnce] = {};
-  accumulate<T>(sums, steps, static_cast<const Unit*>(p.input) + row * steps, steps, 1, weight, kPanel);
+  accumulate_in_parts<T>(sums, steps, static_cast<const Unit*>(p.input) + row * steps, steps, weight, kPanel);
 
   const float* gain = offset<float>(p.gain, 0);
   const float* shift = offset<float>(p.shift, sample * p.filters);
@@ -215,7 +239,7 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
         each_rows(0, count, [&](auto rows, int64_t row) DC_LAMBDA {
           for (int r = 0; r < rows.value; ++r) prefetch(offset<T>(p.grad_input, (first + row + r) * p.channels + c), wide);
           f32v sums[rows.value][kVectorsAtOnce] = {};
-          accumulate<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, 1, weight, kPanel);
+          accumulate_in_parts<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, weight, kPanel);
           each_vector_of_panel(c, p.channels, [&](int v, int64_t i, auto tail) DC_LAMBDA {
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
