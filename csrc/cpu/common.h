@@ -94,6 +94,15 @@ bool is_unfolded_better(const Tensor& grad_output, const Tensor& input, const Te
 Tensor unfolded_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
                             at::IntArrayRef padding, at::IntArrayRef dilation);
 
+// Whether the convolution can be computed in tiles after Winograd: by 3 x 3 taps at stride one, in float32, channels_last.
+bool is_winograd(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
+                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+Tensor winograd_convolution(const Tensor& input, const Tensor& weight, at::IntArrayRef padding);
+Tensor winograd_input_grad(const Tensor& grad_output, const Tensor& weight, at::IntArrayRef input_sizes,
+                           at::IntArrayRef padding);
+Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef padding);
+
 struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;
 };

@@ -43,6 +43,8 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
       return {result.output, result.centred.map_mean, result.centred.saved};
     }
     z = pointwise_product(input, weight, format, stride);
+  } else if (is_winograd(input, weight, format, stride, padding, dilation, groups)) {
+    z = winograd_convolution(input, weight, padding);
   } else {
     const std::vector<int64_t> no_output_padding(stride.size(), 0);
     z = at::convolution(dense(input), weight.to(input.scalar_type()), {}, stride, padding, dilation, false,
@@ -124,7 +126,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
           at::from_blob(workspace->data(), shape.sizes(), shape.strides(), grad_output.options());
     }
     error = center_error(grad_output, {}, split.on_error, mean_scales, constant, saved, act, slope, format, wanted);
-    if (through_conv) {
+    if (through_conv && is_winograd(input, weight, format, stride, padding, dilation, groups)) {
+      if (mask[0]) grad_input = winograd_input_grad(error.grad_input, scaled_weight, input.sizes(), padding);
+      if (wants_weight) grad_weight = winograd_weight_grad(error.grad_input, input, weight, padding);
+    } else if (through_conv) {
       const bool unfolds = wants_weight && is_unfolded_better(error.grad_input, input, weight, format, groups);
       const std::vector<int64_t> no_output_padding(stride.size(), 0);
       if (mask[0] || !unfolds) {
