@@ -15,18 +15,6 @@ static constexpr WinogradTile kForwardTile{4, 2}, kWeightGradTile{2, 2};
 // Of a core's second-level cache, for a block's operands and products.
 static constexpr int64_t kBlockBytes = 640 * 1024;
 
-bool is_winograd(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  auto all_are = [](at::IntArrayRef values, int64_t wanted) {
-    return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == wanted; });
-  };
-  if (!kernels().winograd.forward || input.dim() != 4 || groups != 1 || format != at::MemoryFormat::ChannelsLast) return false;
-  if (!all_are(weight.sizes().slice(2), 3) || !all_are(stride, 1) || !all_are(dilation, 1)) return false;
-  if (!std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v <= 2; })) return false;
-  if (input.numel() == 0 || weight.numel() == 0) return false;
-  return input.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat;
-}
-
 // The weight dense in its own memory format, and its strides, which a size of one leaves undefined in the tensor.
 struct DenseWeight {
   Tensor tensor;
