@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "winograd.h"
 
 namespace deepcontrol::cpu {
 namespace {
@@ -45,7 +46,7 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
 
 const char* why_not_winograd(const ConvCase& c) {
   const Windows& w = c.windows;
-  if (!kernels().winograd.forward) return "the instruction set has no fast matrix product";
+  if (!winograd_kernels()) return "the instruction set has no fast matrix product";
   if (c.dtype != Dtype::f32) return "it convolves float32";
   if (c.rank != 2 || w.kernel[1] != 3 || w.kernel[2] != 3) return "the kernel is not 3 x 3";
   if (w.stride[1] != 1 || w.stride[2] != 1) return "the stride is not one";

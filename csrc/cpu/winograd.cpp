@@ -2,11 +2,32 @@
 // winograd_impl.h.
 
 #include "common.h"
+#include "winograd.h"
 #include "workspace.h"
 
 #include <ATen/ops/empty_like.h>
 
+#include <string_view>
+
 namespace deepcontrol::cpu {
+
+#if defined(__x86_64__)
+namespace winograd_avx512 {
+extern const WinogradKernels table;
+}
+namespace winograd_avx2 {
+extern const WinogradKernels table;
+}
+#endif
+
+const WinogradKernels* winograd_kernels() {
+#if defined(__x86_64__)
+  const std::string_view isa = isa_name();
+  if (isa.substr(0, 6) == "avx512") return &winograd_avx512::table;
+  if (isa == "avx2") return &winograd_avx2::table;
+#endif
+  return nullptr;
+}
 
 // Outputs that round no more than the library's: a tile of 4 x 4 would take a quarter fewer products and round three times as
 // much. The weight gradient's sums, over all pixels, are the library's best, so its tile is the most exact one.
@@ -14,6 +35,8 @@ static constexpr WinogradTile kForwardTile{4, 2}, kWeightGradTile{2, 2};
 
 // Of a core's second-level cache, for a block's operands and products.
 static constexpr int64_t kBlockBytes = 640 * 1024;
+// Products of more tiles with a panel of filters leave that cache far behind.
+static constexpr int64_t kMostTilesOfPanel = 256;
 
 // The weight dense in its own memory format, and its strides, which a size of one leaves undefined in the tensor.
 struct DenseWeight {
@@ -42,26 +65,39 @@ static void describe_maps(WinogradMaps& p, const WinogradTile& tile, const Tenso
   std::copy(padding.begin(), padding.end(), p.padding);
 }
 
-static void run_forward(const Tensor& input, WinogradWeights w, const Tensor& output, at::IntArrayRef padding) {
+static void run_forward(const Tensor& input, const WinogradWeights& weight, const Tensor& output,
+                        at::IntArrayRef padding) {
+  const WinogradKernels& run = *winograd_kernels();
   WinogradForward p{};
   describe_maps(p, kForwardTile, input, output, padding);
-  w.tile = kForwardTile;
-  w.channels = p.channels;
-  w.filters = p.filters;
+  p.input = data(input);
+  p.output = mutable_data(output);
+  p.weight = weight;
+  p.weight.tile = kForwardTile;
+  p.weight.channels = p.channels;
+  p.weight.filters = p.filters;
   p.slots = at::get_num_threads();
+  p.block = p.tiles();
+  // What is transformed before is written to memory and read back.
+  p.by_panels = 2 * p.input_elements() < p.weight.elements() && p.tiles() <= kMostTilesOfPanel && p.weight.panels() >= p.slots;
+  if (p.by_panels) {
+    const Workspace workspace((p.input_elements() + p.slots * p.scratch_elements()) * int64_t(sizeof(float)));
+    p.inputs = static_cast<float*>(workspace.data());
+    p.scratch = p.inputs + p.input_elements();
+    for_tasks(p.tiles(), p.channels * p.tile.points(), [&](int64_t begin, int64_t end) { run.inputs(p, begin, end); });
+    at::parallel_for(0, p.slots, 1, [&](int64_t begin, int64_t end) { run.forward(p, begin, end); });
+    return;
+  }
   p.block = 6;
   const int64_t bytes = p.scratch_elements() * int64_t(sizeof(float));
   const int64_t most = (p.tiles() + p.slots - 1) / p.slots;
   p.block = std::clamp<int64_t>(kBlockBytes / bytes * 6, std::min<int64_t>(24, most), std::min<int64_t>(96, most));
-  const Workspace workspace((w.elements() + p.slots * p.scratch_elements()) * int64_t(sizeof(float)));
-  w.transformed = static_cast<float*>(workspace.data());
-  for_tasks(w.tasks(), WinogradWeights::kPanel * WinogradWeights::kChannels * p.tile.points(),
-            [&](int64_t begin, int64_t end) { kernels().winograd.weights(w, begin, end); });
-  p.weight = w.transformed;
-  p.scratch = w.transformed + w.elements();
-  p.input = data(input);
-  p.output = mutable_data(output);
-  at::parallel_for(0, p.slots, 1, [&](int64_t begin, int64_t end) { kernels().winograd.forward(p, begin, end); });
+  const Workspace workspace((p.weight.elements() + p.slots * p.scratch_elements()) * int64_t(sizeof(float)));
+  p.weight.transformed = static_cast<float*>(workspace.data());
+  p.scratch = p.weight.transformed + p.weight.elements();
+  for_tasks(p.weight.tasks(), WinogradRows::kPanel * WinogradWeights::kChannels * p.tile.points(),
+            [&](int64_t begin, int64_t end) { run.weights(p.weight, begin, end); });
+  at::parallel_for(0, p.slots, 1, [&](int64_t begin, int64_t end) { run.forward(p, begin, end); });
 }
 
 Tensor winograd_convolution(const Tensor& input, const Tensor& weight, at::IntArrayRef padding) {
@@ -119,10 +155,10 @@ Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, cons
   p.input = data(x);
   p.error = data(error);
   p.grad = grad.mutable_data_ptr<float>();
-  at::parallel_for(0, p.slots(), 1, [&](int64_t begin, int64_t end) { kernels().winograd.weight_grad(p, begin, end); });
+  at::parallel_for(0, p.slots(), 1, [&](int64_t begin, int64_t end) { winograd_kernels()->weight_grad(p, begin, end); });
   if (p.sums) {
     for_tasks(p.filters, p.parts * p.channels * p.tile.points(),
-              [&](int64_t begin, int64_t end) { kernels().winograd.weight_grad_finish(p, begin, end); });
+              [&](int64_t begin, int64_t end) { winograd_kernels()->weight_grad_finish(p, begin, end); });
   }
   return grad;
 }
