@@ -49,12 +49,13 @@ struct WinogradRows {
 // The weights transformed: panels of filters, inside a panel point by point, channel by channel, the filters innermost and
 // zeros behind the last. Tasks are (panel, block of kChannels channels).
 struct WinogradWeights {
+  Dtype dtype;
   WinogradTile tile;
   int64_t channels, filters;
   // Of the memory: elements between filters, channels and taps.
   int64_t filter_stride, channel_stride, tap_stride;
   bool flipped;  // the last tap first
-  const float* weight;
+  const void* weight;
   float* transformed;
 
   static constexpr int64_t kPanel = WinogradRows::kPanel;
@@ -93,13 +94,14 @@ struct WinogradForward : WinogradMaps {
 // The gradient of the weight. A task is a slot: one of `groups` of the filters over one of `parts` of the tiles, worked off
 // in blocks. Parts have sums of their own, which are added in their order.
 struct WinogradWeightGrad : WinogradMaps {
+  Dtype weight_dtype;
   int64_t parts, groups;
   int64_t block;  // tiles
   // Of the gradient: elements between filters, channels and taps.
   int64_t filter_stride, channel_stride, tap_stride;
   const void* input;
   const void* error;  // gradient of the output
-  float* grad;
+  void* grad;
   float* scratch;  // slots() * scratch_elements()
   float* sums;     // (parts, points, filters, sums_row()); null where one part is one block, whose sums need no memory
 
@@ -114,7 +116,20 @@ struct WinogradWeightGrad : WinogradMaps {
   int64_t sums_elements() const { return tile.points() * sums_point(); }
 };
 
+// (samples, rows, columns) to (samples, columns, rows). Tasks are (sample, block of kRows rows).
+struct Transposition {
+  Dtype dtype;
+  int64_t samples, rows, columns;
+  const void* from;
+  void* to;
+
+  static constexpr int64_t kRows = 16;
+  int64_t row_blocks() const { return (rows + kRows - 1) / kRows; }
+  int64_t tasks() const { return samples * row_blocks(); }
+};
+
 struct WinogradKernels {
+  void (*transpose)(const Transposition&, int64_t begin, int64_t end);
   void (*weights)(const WinogradWeights&, int64_t begin, int64_t end);
   void (*inputs)(const WinogradForward&, int64_t begin, int64_t end);   // by panels; tasks are tiles
   void (*forward)(const WinogradForward&, int64_t begin, int64_t end);  // tasks are slots

@@ -19,7 +19,8 @@ namespace deepcontrol::cpu::winograd_avx2 {
 #include "winograd_impl.h"
 
 extern const WinogradKernels table;
-const WinogradKernels table{winograd_weights, winograd_inputs, winograd_forward, winograd_weight_grad, winograd_weight_grad_finish};
+const WinogradKernels table{winograd_transpose, winograd_weights,     winograd_inputs,
+                            winograd_forward,   winograd_weight_grad, winograd_weight_grad_finish};
 }  // namespace deepcontrol::cpu::winograd_avx2
 
 #if defined(__clang__)
