@@ -460,14 +460,22 @@ void winograd_forward_panels(const WinogradForward& p, int64_t slot, float* weig
 static void winograd_weight_products(const WinogradWeightGrad& p, int64_t tiles, const float* errors, int64_t first_filter,
                                      int64_t last_filter, const float* inputs, int64_t first_channel,
                                      int64_t last_channel, bool add, float* sums, int64_t sums_point, int64_t sums_row) {
+  // Rounding errors grow with the tiles of one part plus the number of parts that are added.
+  constexpr int64_t kPart = 48;
+  const int64_t parts = (tiles + kPart - 1) / kPart, part = (tiles + parts - 1) / parts;
   const WinogradRows input = p.input_rows(), error = p.error_rows();
   for (int64_t point = 0; point < p.tile.points(); ++point) {
     auto product = [&](int64_t c, auto vectors) DC_LAMBDA {
       each_rows(first_filter, last_filter, [&](auto rows, int64_t o) DC_LAMBDA {
-        f32v products[rows.value][vectors.value] = {};
-        accumulate(products, tiles, errors + point * error.point() + error.offset(o), 1, error.row,
-                   inputs + point * input.point() + input.offset(c), input.row);
-        add_to(sums + point * sums_point + (o - first_filter) * sums_row + c - first_channel, sums_row, products, add);
+        const float* left = errors + point * error.point() + error.offset(o);
+        const float* right = inputs + point * input.point() + input.offset(c);
+        float* to = sums + point * sums_point + (o - first_filter) * sums_row + c - first_channel;
+        for (int64_t k = 0; k < tiles; k += part) {
+          f32v products[rows.value][vectors.value] = {};
+          accumulate(products, std::min(part, tiles - k), left + k * error.row, 1, error.row, right + k * input.row,
+                     input.row);
+          add_to(to, sums_row, products, add || k > 0);
+        }
       });
     };
     int64_t c = first_channel;
@@ -505,8 +513,6 @@ void winograd_gradient(const WinogradWeightGrad& p, int64_t filter, int64_t firs
 
 template <class Tile, class T, class W>
 void winograd_weight_grad_slot(const WinogradWeightGrad& p, int64_t slot) {
-  // Rounding errors grow with the tiles of one sum plus the number of sums that are added.
-  constexpr int64_t kSum = 256;
   float* inputs = p.scratch + slot * p.scratch_elements();
   float* errors = inputs + Tile::points * p.input_rows().point();
   const int64_t part = slot / p.groups, first = slot % p.groups * p.group();
@@ -517,18 +523,11 @@ void winograd_weight_grad_slot(const WinogradWeightGrad& p, int64_t slot) {
   each_block(p.tiles(), part, p.parts, p.block, [&](int64_t tile, int64_t count) {
     winograd_inputs<Tile, T>(p, p.input, p.input_rows(), tile, count, zeros.data(), inputs);
     winograd_errors<Tile, T>(p, first, filters, tile, count, zeros.data(), errors);
-    auto each_sum = [&](auto&& body) {
-      for (int64_t k = 0; k < count; k += kSum) {
-        body(std::min(kSum, count - k), errors + k * p.error_rows().row, inputs + k * p.input_rows().row, add || k);
-      }
-    };
     if (p.sums) {
       for (int64_t o = 0; o < filters; o += kPanel) {
         float* sums = p.sums + part * p.sums_elements() + (first + o) * p.sums_row();
         const int64_t last = std::min(o + kPanel, filters);
-        each_sum([&](int64_t tiles, const float* e, const float* v, bool added) {
-          winograd_weight_products(p, tiles, e, o, last, v, 0, p.channels, added, sums, p.sums_point(), p.sums_row());
-        });
+        winograd_weight_products(p, count, errors, o, last, inputs, 0, p.channels, add, sums, p.sums_point(), p.sums_row());
       }
       add = true;
       return;
@@ -539,9 +538,7 @@ void winograd_weight_grad_slot(const WinogradWeightGrad& p, int64_t slot) {
       const int64_t last_filter = std::min(o + kPanel, filters);
       for (int64_t c = 0; c < p.channels; c += kPanel) {
         const int64_t last_channel = std::min(c + kPanel, p.channels);
-        each_sum([&](int64_t tiles, const float* e, const float* v, bool added) {
-          winograd_weight_products(p, tiles, e, o, last_filter, v, c, last_channel, added, sums.data(), point, row);
-        });
+        winograd_weight_products(p, count, errors, o, last_filter, inputs, c, last_channel, false, sums.data(), point, row);
         for (int64_t i = o; i < last_filter; ++i) {
           winograd_gradient<Tile, W>(p, first + i, c, last_channel, sums.data() + (i - o) * row, point);
         }
