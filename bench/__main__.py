@@ -6,14 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import (
-    layers,
-)
+from . import blocks, layers
 from .options import UsageError, check
 from .runner import WrongResultError
 
 COMMANDS = {
     "layers": layers,
+    "blocks": blocks,
 }
 """Each has ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 

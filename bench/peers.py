@@ -81,6 +81,7 @@ _LAYERS: dict[str, Callable[[Shape], nn.Module]] = {
 PEERS = tuple(_LAYERS)
 MAIN = ("conv_relu", "conv_bn_relu", "ours")
 """The peers of the verdicts, which no run goes without."""
+MEAN_SHIFT_REJECTION = "ours, mean shift rejection"
 ALGORITHMS = "algorithms"
 """Stands for ours by every backend and algorithm, in a list of peers."""
 
@@ -132,7 +133,7 @@ _NETWORKS: dict[str, Callable[[nn.Module], nn.Module]] = {
         network, partial(importlib.import_module("inplace_abn").InPlaceABN, activation="identity")
     ),
     "ours": lambda network: dc.replace_conv_bn(network).model,
-    "ours, mean shift rejection": lambda network: dc.replace_conv_bn(network, "mean_shift_rejection").model,
+    MEAN_SHIFT_REJECTION: lambda network: dc.replace_conv_bn(network, "mean_shift_rejection").model,
 }
 NETWORK_PEERS = tuple(_NETWORKS)
 
