@@ -43,7 +43,7 @@ def run(asked: argparse.Namespace) -> int:
     torch.set_num_threads(threads)
     grid = product(asked.dtype, asked.layout)
     settings = [Setting(dtype, layout, "training", asked.batch, threads) for dtype, layout in grid]
-    of_case = {str(case): case for case in ((() if asked.quick else (*SETS["resnet50"], *BLOCKS)))}
+    of_case = {str(case): case for case in (() if asked.quick else (*SETS["resnet50"], *BLOCKS))}
     cells = [(case, setting) for setting in settings for case in (*CHAINS, *of_case)]
     recording = Recording("memory", asked.output, verdicts, asked.device, quick=asked.quick, batch=asked.batch)
     with recording, tqdm(cells, unit="row", dynamic_ncols=True) as bar:
@@ -95,7 +95,7 @@ def _step(layer: nn.Module, x: Tensor, input_grad: bool) -> Step:
 
 
 def peak(step: Step | TrainingStep, device: str) -> int:
-    """Most bytes that tensors of a step hold at a time; parameters and their gradients, which are there, not counted."""
+    """Most bytes that tensors of a step hold at a time; parameters and gradients, there before it, are not counted."""
     step()
     for tensor in (step.x, *getattr(step, "layer", getattr(step, "model", None)).parameters()):
         if tensor.grad is not None:

@@ -179,7 +179,7 @@ def ways(device: str) -> dict[str, Way]:
     names = ("cpu",) if device == "cpu" else ("cuda", "triton")
     for backend in (name for name in names if backends.available()[name] is None):
         prefix = "ours, " if device == "cpu" else f"ours, {backend}, "
-        algorithms = _algorithms(backend)
+        algorithms = backends.ALGORITHMS.get(backend, ())
         found |= {prefix + algorithm: partial(_by, backend, algorithm) for algorithm in algorithms}
         if not algorithms and device != "cpu":
             found[prefix.rstrip(", ")] = partial(backends.use, backend)
@@ -191,18 +191,6 @@ def _by(backend: str, algorithm: str) -> AbstractContextManager:
     stack.enter_context(backends.use(backend))
     stack.enter_context(backends.prefer(algorithm, backend))
     return stack
-
-
-def _algorithms(backend: str) -> tuple[str, ...]:
-    """What a backend can be told to do for a convolution; none if there is no choice."""
-    found = []
-    for algorithm in backends.ALGORITHMS:
-        try:
-            with backends.prefer(algorithm, backend):
-                found.append(algorithm)
-        except (RuntimeError, ValueError, AttributeError):
-            continue
-    return tuple(found)
 
 
 def why_not(name: str, setting: Setting, device: str = "cpu") -> str | None:

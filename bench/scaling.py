@@ -13,7 +13,7 @@ from deepcontrol_cuda.timing import Shape
 
 from . import grid, layers, options, peers, report
 from .record import Recording
-from .rows import Row, Setting
+from .rows import Setting
 
 HELP = "time a layer along the axes batch, channels, map size and threads"
 SHAPE, BATCH = Shape(64, 64, 3, 28), 8
@@ -60,9 +60,6 @@ def point(axis: str, value: int, setting: Setting) -> tuple[Shape, Setting]:
     if axis == "size":
         return replace(SHAPE, size=value), setting
     return SHAPE, replace(setting, **{axis: value})
-
-
-def axis_of(row: Row, base: Row) -> None: ...
 
 
 def _order(place: tuple[Shape, Setting]) -> tuple:
