@@ -37,7 +37,7 @@ class Prediction:
 
 
 WAYS = {
-    "cuda": tuple(backends.ALGORITHMS),
+    "cuda": tuple(backends.ALGORITHMS["cuda"]),
     "triton": ("fused", "held", "direct", "two passes"),
 }
 
