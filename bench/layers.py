@@ -77,12 +77,9 @@ def prepare(shape: Shape, setting: Setting, names: Sequence[str], device: str, c
 
     prepared = Prepared({}, bytes=of_layer(shape, setting).bytes, operations=of_layer(shape, setting).operations)
     for name in names:
-        if name in ("ours", peers.ALGORITHMS):
-            continue
-        if reason := peers.why_not(name, setting, device):
-            prepared.skipped[name] = reason
-        else:
-            prepared.contestants[name] = Contestant(step(name), calls=calls)
+        if name not in ("ours", peers.ALGORITHMS):
+            reason = peers.why_not(name, setting, device)
+            prepared.add(name, reason, lambda name=name: Contestant(step(name), calls=calls))
     ours = ["ours", *(peers.ways(device) if peers.ALGORITHMS in names else ())]
     runner.ours_by(step("ours"), ours, device, f"{shape}, {setting}", prepared, calls)
     return prepared

@@ -79,6 +79,16 @@ class Prepared:
     operations: int | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
+    def add(self, name: str, reason: str | None, make: Callable[[], Contestant]) -> None:
+        """A peer, unless there is a reason against it or its making gives one."""
+        if reason is None:
+            try:
+                self.contestants[name] = make()
+            except Exception as error:  # what fails in one peer, for whatever reason, does not stop the others
+                reason = _words(error)
+        if reason is not None:
+            self.skipped[name] = reason
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -215,6 +215,18 @@ def test_a_peer_that_fails_in_the_middle_does_not_take_the_others_with_it():
     assert {name: len(found) for name, found in seconds.items()} == {"a": 4, "b": 4}
 
 
+def test_a_peer_that_cannot_be_built_is_left_out(monkeypatch, tmp_path):
+    def broken(shape):
+        raise ValueError("no such norm")
+
+    monkeypatch.setitem(peers._LAYERS, "conv_group_norm_relu", broken)
+    one = ("--dtype", "float32", "--mode", "forward", "--peers", "conv_group_norm_relu")
+    assert main([*QUICK, *one, "--output", str(tmp_path)]) == 0
+    run = written(tmp_path)
+    assert run.skipped == {"conv_group_norm_relu": "no such norm"}
+    assert all(set(row.seconds) == set(peers.MAIN) for row in run.rows)
+
+
 def test_rounds_go_on_until_the_ratio_is_known():
     quiet, _ = race(a=Fake(), b=Fake())
     noisy, _ = race(a=Fake(), b=Fake(), noise=0.1)
