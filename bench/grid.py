@@ -49,7 +49,8 @@ def run(
                 for cell in group:
                     bar.set_description(f"{setting}: {cell.case}")
                     share = (end - time.perf_counter()) / (len(cells) - done)
-                    box = Box.exactly(options.rounds) if options.rounds else Box(share, 3 if options.quick else 5)
+                    least = [3 * rounds // 5 if options.quick else rounds for rounds in cell.least]
+                    box = Box.exactly(options.rounds) if options.rounds else Box(share, *least)
                     row, prepared = runner.measure(cell, clock, box, refresh)
                     done += 1
                     bar.update()

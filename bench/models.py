@@ -46,7 +46,7 @@ def run(asked: argparse.Namespace) -> int:
     size, depth = asked.size or (96 if asked.quick else 224), asked.depth or (16 if asked.quick else 32)
     built = [network for network in networks.models(size, depth) if network.name in asked.models]
     cells = [
-        Cell(str(model), setting, partial(prepare, model, setting, names, asked.device), MAIN[0], MAIN)
+        Cell(str(model), setting, partial(prepare, model, setting, names, asked.device), MAIN[0], MAIN, least=(4, 8))
         for setting in grid.settings(asked, asked.batch)
         for model in built
     ]

@@ -230,15 +230,15 @@ def test_a_peer_that_cannot_be_built_is_left_out(monkeypatch, tmp_path):
 def test_rounds_go_on_until_the_ratio_is_known():
     quiet, _ = race(a=Fake(), b=Fake())
     noisy, _ = race(a=Fake(), b=Fake(), noise=0.1)
-    assert len(quiet["a"]) == 5
-    assert 5 < len(noisy["a"]) <= BOX.most
+    assert len(quiet["a"]) == BOX.least_main
+    assert BOX.least_main < len(noisy["a"]) <= BOX.most
     ratios = [a / b for a, b in zip(noisy["a"], noisy["b"])]
     assert bootstrap.median(ratios).width <= BOX.width or len(noisy["a"]) == BOX.most
 
 
 def test_a_row_whose_time_is_up_has_the_least_number_of_rounds():
-    seconds, _ = race(a=Fake(), b=Fake(), c=Fake(), noise=0.5, box=Box(0.0, least=3))
-    assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    seconds, _ = race(a=Fake(), b=Fake(), c=Fake(), noise=0.5, box=Box(0.0, least=3, least_main=7))
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 7, "b": 7, "c": 3}
 
 
 def test_what_was_timed_before_an_interruption_is_kept(monkeypatch, tmp_path, capsys):
