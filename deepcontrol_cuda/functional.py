@@ -289,11 +289,13 @@ def _traced(formula: Callable[..., Tensor], input: Tensor, backend: str | None) 
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of gain, mean_scale and bias, by that of the input.
+_VECTOR_DTYPES = {dtype: (dtype,) if dtype.itemsize > 2 else (torch.float32, dtype) for dtype in _FLOATING}
 
 
 def _autocasting(input: Tensor) -> bool:
     device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
@@ -350,7 +352,7 @@ def _check_companion(name: str, tensor: Tensor, input: Tensor, dtypes: tuple[tor
 def _check_vectors(
     input: Tensor, channels: int, gain: Tensor | None, mean_scale: Tensor | float | None, bias: Tensor | None
 ) -> None:
-    dtypes = (input.dtype,) if input.dtype.itemsize > 2 else (torch.float32, input.dtype)
+    dtypes, device = _VECTOR_DTYPES[input.dtype], input.device
     for name, vector in (("gain", gain), ("mean_scale", mean_scale), ("bias", bias)):
         if vector is None:
             continue
@@ -362,7 +364,8 @@ def _check_vectors(
         shape = vector.shape
         if len(shape) != 1 or (shape[0] != channels and shape[0] != 1):
             raise ValueError(f"{name}: got shape {tuple(shape)}, wanted ({channels},) or (1,)")
-        _check_companion(name, vector, input, dtypes)
+        if vector.dtype not in dtypes or vector.device != device:
+            _check_companion(name, vector, input, dtypes)
 
 
 def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int, dtype: torch.dtype) -> None:
