@@ -70,7 +70,7 @@ def deep_control(
     return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope, backend)
 
 
-def _deep_control_conv(
+def deep_control_conv(
     rank: int,
     input: Tensor,
     weight: Tensor,
@@ -87,6 +87,7 @@ def _deep_control_conv(
     projection: float,
     backend: str | None,
 ) -> Tensor:
+    """``deep_control_conv1d``, ``2d`` or ``3d`` by rank: modules call it without one more frame."""
     _check_tensors(input=input, weight=weight, residual=residual)
     weight_dtype = input.dtype
     if _autocasting(input):
@@ -144,7 +145,7 @@ def deep_control_conv1d(
     backend: str | None = None,
 ) -> Tensor:
     """``deep_control(conv1d(input, weight), ...)`` on (N, C, L); see ``deep_control_conv2d``."""
-    return _deep_control_conv(
+    return deep_control_conv(
         1, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
@@ -198,7 +199,7 @@ def deep_control_conv2d(
         TypeError, ValueError: an argument does not fit; the message says what was given and what is wanted.
         RuntimeError: the backend asked for cannot run.
     """
-    return _deep_control_conv(
+    return deep_control_conv(
         2, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
@@ -222,7 +223,7 @@ def deep_control_conv3d(
     backend: str | None = None,
 ) -> Tensor:
     """``deep_control(conv3d(input, weight), ...)`` on (N, C, D, H, W); see ``deep_control_conv2d``."""
-    return _deep_control_conv(
+    return deep_control_conv(
         3, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
