@@ -132,6 +132,13 @@ class Ops(NamedTuple):
     namespace: str
 
 
+class Nodes(NamedTuple):
+    """The ops of ``csrc/autograd/functions.cpp``, which record a call of another namespace for backward."""
+
+    center: OpOverload
+    conv_center: OpOverload
+
+
 _bound: dict[str, Ops] = {}
 
 

@@ -259,10 +259,10 @@ def _center_error(e: Tensor, mean_scale: Tensor | None, constant: float) -> tupl
     return e - per_map(removed, e.dim()), sums
 
 
-# The nodes of csrc/autograd/functions.cpp, or None without the extension.
-_nodes = None
+# Without the extension None.
+_nodes: _ops.Nodes | None = None
 if _ops.unavailable is None:
-    _nodes = torch.ops.deepcontrol_autograd
+    _nodes = _ops.Nodes(*(getattr(torch.ops.deepcontrol_autograd, name).default for name in _ops.Nodes._fields))
     # Registered for as long as it lives.
     _formulas = torch.library.Library("deepcontrol_autograd", "IMPL")
     for _formula in (center_derivatives, conv_center_derivatives):

@@ -99,13 +99,13 @@ struct Settings {
 
   // In values that compiled autograd can take apart.
   void keep(AutogradContext* ctx, const Tensor& output) const {
-    ctx->saved_data["library"] = library;
-    ctx->saved_data["activation"] = activation;
+    ctx->saved_data["names"] = std::vector<std::string>{library, activation};
     ctx->saved_data["reals"] = std::vector<double>{constant, slope, projection};
-    ctx->saved_data["geometry"] = Integers(geometry);
-    ctx->saved_data["integers"] = std::vector<int64_t>{
-        groups, has_bias, has_residual, int64_t(output.scalar_type()), int64_t(format_of(output))};
-    ctx->saved_data["sizes"] = output.sym_sizes();
+    std::vector<c10::SymInt> integers{groups, int64_t(has_bias), int64_t(has_residual), int64_t(output.scalar_type()),
+                                      int64_t(format_of(output)), int64_t(geometry.size())};
+    integers.insert(integers.end(), geometry.begin(), geometry.end());
+    integers.insert(integers.end(), output.sym_sizes().begin(), output.sym_sizes().end());
+    ctx->saved_data["integers"] = Integers(integers);
   }
 };
 
@@ -115,15 +115,18 @@ struct Kept : Settings {
   at::MemoryFormat format;
 
   explicit Kept(AutogradContext* ctx) {
-    library = ctx->saved_data["library"].toStringRef();
-    activation = ctx->saved_data["activation"].toStringRef();
-    geometry = ctx->saved_data["geometry"].toSymIntVector();
-    sizes = ctx->saved_data["sizes"].toSymIntVector();
+    const auto names = ctx->saved_data["names"].toList();
+    library = names.get(0).toStringRef();
+    activation = names.get(1).toStringRef();
     const auto reals = ctx->saved_data["reals"].toDoubleVector();
     constant = reals[0], slope = reals[1], projection = reals[2];
-    const auto integers = ctx->saved_data["integers"].toIntVector();
-    groups = integers[0], has_bias = integers[1], has_residual = integers[2];
-    dtype = at::ScalarType(integers[3]), format = at::MemoryFormat(integers[4]);
+    const auto integers = ctx->saved_data["integers"].toSymIntVector();
+    const auto integer = [&](size_t i) { return integers[i].expect_int(); };
+    groups = integer(0), has_bias = integer(1), has_residual = integer(2);
+    dtype = at::ScalarType(integer(3)), format = at::MemoryFormat(integer(4));
+    const auto beyond_geometry = integers.begin() + 6 + integer(5);
+    geometry.assign(integers.begin() + 6, beyond_geometry);
+    sizes.assign(beyond_geometry, integers.end());
   }
 
   // The gradient of the output in its memory format, which is how bits are laid out.

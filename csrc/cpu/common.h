@@ -103,6 +103,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
 // Sums over the samples: of `sums` into grad_bias and of -map_mean * sums into grad_mean_scale, each (C,) and only if asked.
 void reduce_samples(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mean_scale, Tensor* grad_bias);
 
+// Multiplies the means (N, C) of maps by the gain (C,) of their channels, in place.
+void scale_means(const Tensor& map_mean, const Tensor& gain);
+
 // Divides, multiplies and projects in place; returns sum(weight * grad / divisor) if asked, else an undefined tensor.
 Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor& factor, const Tensor& divisor,
                           double projection, bool dots);

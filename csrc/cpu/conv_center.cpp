@@ -86,7 +86,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   }
   const Centred centred =
       center_into(z, z, format, gains, mean_scales, constant, biases, residual, act, slope, save);
-  if (gains.defined() && is_centred) centred.map_mean.mul_(gains);
+  if (gains.defined() && is_centred) scale_means(centred.map_mean, gains);
   return {z, centred.map_mean, centred.saved};
 }
 
