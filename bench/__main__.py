@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import (
+    costs,
     layers,
 )
 from .options import UsageError, check
@@ -14,6 +15,7 @@ from .runner import WrongResultError
 
 COMMANDS = {
     "layers": layers,
+    "costs": costs,
 }
 """Each has ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 

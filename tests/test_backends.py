@@ -536,7 +536,8 @@ POINTWISE = torch.ones(4, 2, 1, 1)
 
 
 def plan_of(x, weight, padding=0):
-    return backends._plan_cpu(x, weight, ((1, 1), (padding, padding), (1, 1), 1))
+    case = backends._case_cpu(x, weight, ((1, 1), (padding, padding), (1, 1), 1))
+    return _ops.extension.plan_conv_cpu(case)
 
 
 def test_the_extension_has_the_algorithms_that_are_named_here():
