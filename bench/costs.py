@@ -23,7 +23,6 @@ from .rows import Row, Run, UnknownFormatError
 
 HELP = "fit the planner's table of costs to the layers that were measured on CPUs"
 RESULTS = Path(__file__).with_name("results")
-_PREFIX = "ours, "
 _LEAST_LAYERS = 3
 """A fit has up to three numbers."""
 _SHAPES = {str(shape): shape for shapes in SETS.values() for shape in shapes}
@@ -120,8 +119,8 @@ def samples_of(run: Run, name: str) -> list[Sample]:
 
 
 def _by_algorithm(row: Row) -> dict[str, float]:
-    names = (name for name in row.seconds if name.startswith(_PREFIX) and name != f"{_PREFIX}reference")
-    return {name.removeprefix(_PREFIX): statistics.median(row.seconds[name]) for name in names}
+    names = [name for name in backends.ALGORITHMS["cpu"] if f"ours, {name}" in row.seconds]
+    return {name: statistics.median(row.seconds[f"ours, {name}"]) for name in names}
 
 
 def of_backward(shape: Shape, row: Row) -> tuple[float, float]:
