@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -42,13 +43,14 @@ def run(asked: argparse.Namespace) -> int:
         except (OSError, UnknownFormatError) as error:
             # One that is named is wanted; of a folder the others go on.
             if asked.files:
-                print(f"error: {error}")
+                print(f"error: {error}", file=sys.stderr)
                 return 1
             print(f"left out: {error}")
     samples = [sample for name, one in runs.items() for sample in samples_of(one, name)]
     table = fit_all(samples)
     if not table:
-        print("error: no layers by algorithms in any run; make one with: python -m bench layers --peers algorithms")
+        wanted = "make one with: python -m bench layers --peers algorithms"
+        print(f"error: no layers by algorithms in any run; {wanted}", file=sys.stderr)
         return 1
     costs.write(table, asked.table)
     print(f"{report(table, samples)}\n\nWritten to {asked.table}")
@@ -94,7 +96,7 @@ def kind_of(shape: Shape) -> str:
 def samples_of(run: Run, name: str) -> list[Sample]:
     """Of the layers that all algorithms were timed on; backward is what training takes longer than forward."""
     hardware = run.versions.get("extension_isa")
-    if run.command != "layers" or "gpu" in run.machine or not hardware:
+    if run.command != "layers" or "gpu" in run.content or not hardware:
         return []
     forward: dict[tuple, float] = {}
     found = []

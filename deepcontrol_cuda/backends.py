@@ -188,19 +188,24 @@ def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geome
 
 def _case_cpu(input: Tensor, weight: Tensor, geometry: Geometry):
     """``_C.ConvCase`` of a layer."""
-    stride, padding, dilation, groups = geometry
-    rank = input.dim() - 2
-    fill = [1] * (3 - rank)
     return _ops.extension.ConvCase(
-        rank,
-        *(input.shape[0], input.shape[1], weight.shape[0], groups),
-        *([*fill, *sizes] for sizes in (input.shape[2:], weight.shape[2:], stride)),
-        [0] * (3 - rank) + list(padding),
-        [*fill, *dilation],
+        *_sizes(input, weight, geometry),
         _name(input.dtype),
         _layout(input, weight) == "channels_last",
         torch.get_num_threads(),
     )
+
+
+def _sizes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple:
+    """Spatial dimensions, samples, channels, filters, groups, and triples: maps, kernel, stride, padding, dilation."""
+    stride, padding, dilation, groups = geometry
+    rank = input.dim() - 2
+    ones, zeros = [1] * (3 - rank), [0] * (3 - rank)
+    triples = ([*ones, *sizes] for sizes in (input.shape[2:], weight.shape[2:], stride))
+    return (
+        rank, input.shape[0], input.shape[1], weight.shape[0], groups,
+        *triples, [*zeros, *padding], [*ones, *dilation],
+    )  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -213,7 +218,7 @@ _PREDICTED = "predicted fastest from bytes and operations, not timed"
 def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
     if op != "conv_center" or weight is None:
         return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
-    chosen = torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
+    chosen = _algorithm_on_gpu(input, weight, geometry)
     why = "preferred" if "cuda" in _algorithms else _PREDICTED
     if "cuda" not in _algorithms:
         *place, layer = _key(input, op, weight, geometry[0])
@@ -221,6 +226,10 @@ def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geom
         if timed is not None and timed.algorithm == chosen:
             why = f"the fastest that {timed.result} has for this layer"
     return f"{ALGORITHMS['cuda'][chosen]} ({why})"
+
+
+def _algorithm_on_gpu(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    return torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
 
 
 def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
@@ -580,8 +589,8 @@ def explain(
 ) -> str:
     """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``.
 
-    With a weight, backend "cpu" has a line for each algorithm: what it costs, as ``tune`` timed it or the table of
-    costs predicts it, or why it does not take the layer.
+    With a weight, "cpu" and "cuda" have a line for each algorithm: what it costs, or why it does not take the layer. On
+    a CPU that is as ``tune`` timed it or the table of costs predicts it, on a GPU counted from bytes and operations.
 
     Args:
         stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
@@ -595,8 +604,8 @@ def explain(
     geometry = (*(_each(values, input) for values in (stride, padding, dilation)), groups)
     detail = _compiled[name].describe(op, input, weight, geometry)
     lines = [f"{name}, {detail}: {why}" if detail else f"{name}: {why}"]
-    if op == "conv_center" and weight is not None and name == "cpu":
-        lines += _candidates_on_cpu(input, weight, geometry)
+    if op == "conv_center" and weight is not None and name in _CANDIDATES:
+        lines += _CANDIDATES[name](input, weight, geometry)
     return "\n".join(lines)
 
 
@@ -630,6 +639,30 @@ def _candidates_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> lis
             chosen = f"; chosen, {_SOURCES[of_pass['source']]}" if algorithm == of_pass["chosen"] else ""
             lines.append(head + cost + chosen)
     return lines
+
+
+def _candidates_on_gpu(input: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
+    """The same of the forward pass by backend "cuda"."""
+    gpu = torch.cuda.get_device_properties(input.device)
+    plan = _ops.extension.plan_conv(
+        *_sizes(input, weight, geometry)[1:],
+        dtype=_name(input.dtype),
+        channels_innermost=_layout(input, weight) == "channels_last",
+        tf32=torch.backends.cudnn.allow_tf32,
+        capability=10 * gpu.major + gpu.minor,
+        processors=gpu.multi_processor_count,
+        shared_memory=gpu.shared_memory_per_block_optin,
+    )
+    chosen = _algorithm_on_gpu(input, weight, geometry)
+    width = max(map(len, ALGORITHMS["cuda"]))
+    lines = []
+    for algorithm, way in plan["algorithms"].items():
+        found = f"does not take it: {way}" if isinstance(way, str) else f"{_duration(way['seconds'])}, predicted"
+        lines.append(f"  forward   {algorithm:{width}}  {found}{'; chosen' if algorithm == chosen else ''}")
+    return lines
+
+
+_CANDIDATES = {"cpu": _candidates_on_cpu, "cuda": _candidates_on_gpu}
 
 
 def _origin(input: Tensor, weight: Tensor, kind: str, mode: str, algorithm: str) -> str:

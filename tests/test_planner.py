@@ -391,7 +391,7 @@ def test_the_command_says_what_it_lacks(tmp_path, capsys):
     (tmp_path / "old.json").write_text('{"command": "layers"}')
     for name, words in (("old.json", "is of format 1"), ("none.json", "No such file")):
         assert main(["costs", str(tmp_path / name), "--table", str(tmp_path / "costs.json")]) == 1
-        assert words in capsys.readouterr().out
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "costs.json").exists()
 
 
