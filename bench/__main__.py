@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from . import (
     bandwidth,
     blocks,
+    costs,
     fine_tuning,
     gpu_command,
     layers,
@@ -30,6 +31,7 @@ COMMANDS = {
     "memory": memory,
     "overhead": overhead,
     "scaling": scaling,
+    "costs": costs,
     "projection": projection,
     "fine-tuning": fine_tuning,
     "predict": predict,

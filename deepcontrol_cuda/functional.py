@@ -113,6 +113,8 @@ def deep_control_conv(
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
     backend = backends.choose(input, backend, "conv_center", weight, stride)
+    if backends.tune and backend == "cpu" and not torch.compiler.is_compiling():
+        backends.time_layer(input, weight, (stride, padding, dilation, groups))
     if weight_dtype != input.dtype and backend not in backends.ROUND_WEIGHTS:
         weight = weight.to(input.dtype)
     if backend == "reference":

@@ -68,7 +68,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   const bool is_centred = mean_scales.defined() || constant != 0.0;
   const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
   Tensor z;
-  switch (choose(Pass::forward, c)) {
+  switch (choose(Pass::forward, c).algorithm) {
     case Algorithm::product:
       if (!is_centred || is_mean_of_input_cheaper(c)) {
         const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
@@ -213,7 +213,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
     const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
     const Backward b{grad_output, input, scaled_weight, format, stride, padding, dilation, groups, split.on_error,
                      mean_scales, constant, saved, act, slope, mask[0], wants_weight, mask[5], wants_sums};
-    switch (choose(Pass::backward, c)) {
+    switch (choose(Pass::backward, c).algorithm) {
       case Algorithm::product: grads = backward_of_product(b); break;
       case Algorithm::winograd: grads = backward_of_winograd(b); break;
       case Algorithm::two_passes: grads = backward_of_two_passes(b, is_unfolded_better(c)); break;
