@@ -34,7 +34,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 maps = pytest.mark.parametrize("size", MAPS, ids=lambda size: "x".join(map(str, size)))
 convolutions = pytest.mark.parametrize("convolution", CONVOLUTIONS)
-modes = pytest.mark.parametrize("mode", ("forward", "training"))
+modes = pytest.mark.parametrize("mode", ["forward", "training"])
 layers = pytest.mark.parametrize("layer", LAYERS)
 
 
@@ -86,7 +86,7 @@ def test_center_backward(benchmark, size, dtype, layout):
 
 
 @pytest.mark.benchmark(group="window_mean")
-@pytest.mark.parametrize("kernel_size", (1, 3))
+@pytest.mark.parametrize("kernel_size", [1, 3])
 @maps
 @dtypes
 @layouts
@@ -97,7 +97,7 @@ def test_window_mean(benchmark, size, dtype, layout, kernel_size):
 
 
 @pytest.mark.benchmark(group="project_kernel_gradients_")
-@pytest.mark.parametrize("width", (64, 512))
+@pytest.mark.parametrize("width", [64, 512])
 def test_project_kernel_gradients(benchmark, width):
     parameters = [torch.nn.Parameter(torch.empty(width, width, 3, 3)) for _ in range(4)]
     for parameter in parameters:
