@@ -33,11 +33,12 @@ from deepcontrol_cuda.ceilings import BY_GENERATION, Ceilings
 from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
-from . import convolutions, hardware, kernels, record, report
+from . import convolutions, hardware, kernels, options, record, report
 from .clock import Clock, GpuClock
 from .kernels import Case, Measured
-from .report import Verdict
-from .runner import Accuracy, Setting, WrongResultError
+from .convolutions import Setting
+from .rows import Accuracy, Verdict
+from .runner import WrongResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without it cuBLAS is not deterministic, and torch refuses it in the tests that fill new memory with NaN.

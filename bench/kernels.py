@@ -14,7 +14,8 @@ from deepcontrol_cuda._ops import channels_innermost, memory_format, unpack_bits
 from deepcontrol_cuda.timing import Times
 
 from .clock import Clock, race
-from .runner import Accuracy, WrongResultError
+from .rows import Accuracy
+from .runner import WrongResultError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("channels_last", "contiguous")

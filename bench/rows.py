@@ -49,7 +49,7 @@ class Row:
     Attributes:
         case: a layer, block, model or kernel, in words.
         baseline: the peer that ratios are to.
-        seconds: by peer, one for each round; all peers have the same rounds.
+        seconds: by peer, one for each round, all in the same rounds; a peer may have the first of them only.
         accuracies: by peer that is ours and by result.
         bytes, operations: least that a call must move and compute (a product and a sum are two); None where uncounted.
         kept_bytes: by peer, what forward keeps for backward.
@@ -81,8 +81,8 @@ class Row:
         )
 
     def ratios(self, peer: str, to: str | None = None) -> list[float]:
-        """Seconds of ``peer`` over those of ``to``, or of the baseline, within each round."""
-        return [a / b for a, b in zip(self.seconds[peer], self.seconds[to or self.baseline], strict=True)]
+        """Seconds of ``peer`` over those of ``to``, or of the baseline, within each round that both have."""
+        return [a / b for a, b in zip(self.seconds[peer], self.seconds[to or self.baseline])]
 
     def ratio(self, peer: str, to: str | None = None) -> Interval:
         """Median of the ratios with its interval."""
@@ -145,10 +145,14 @@ class Run:
     @classmethod
     def from_json(cls, run: Mapping[str, Any]) -> Run:
         """Raises ``KeyError`` and ``TypeError`` for what is no run of this format."""
-        lists = {"ceilings": Ceilings, "verdicts": Verdict}
+        read = {
+            "ceilings": lambda entry: Ceilings(**entry),
+            "rows": Row.from_json,
+            "verdicts": lambda entry: Verdict(**entry),
+        }
         values = {name: run[name] for name in _HEAD}
-        values |= {name: tuple(kind(**entry) for entry in run[name]) for name, kind in lists.items()}
-        values["rows"] = tuple(Row.from_json(row) for row in run["rows"])
+        values |= {name: run[name] for name in ("complete", "skipped") if name in run}
+        values |= {name: tuple(map(make, run[name])) for name, make in read.items() if name in run}
         values["content"] = {name: value for name, value in run.items() if name not in values | _FIXED}
         return cls(**values)
 
@@ -159,7 +163,7 @@ class Run:
 
 
 _FIXED = {"format": FORMAT, "times_in": "seconds"}
-_HEAD = ("command", "date", "machine", "versions", "commit", "conditions", "complete", "skipped")
+_HEAD = ("command", "date", "machine", "versions", "commit", "conditions")
 
 
 def read(path: Path) -> Run:
