@@ -12,7 +12,7 @@ from deepcontrol_cuda.training.table import markdown_table
 
 from . import bootstrap
 from .bootstrap import Interval
-from .reading import InputError, heading, is_ours, read, refusing
+from .reading import InputError, heading, is_ours, read
 from .rows import Row, Run, Setting, Verdict
 
 LEAST = 0.03
@@ -239,6 +239,9 @@ def _judged(verdict: Verdict) -> str:
     return f"{verdict.value:.3f}{interval}, {'reached' if verdict.reached else 'missed'}"
 
 
+HELP = "tell of two files of one command where the second is faster or slower"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", type=Path, metavar="A.json", help="the earlier run")
     parser.add_argument("after", type=Path, metavar="B.json", help="the later run, of the same command")
@@ -259,7 +262,6 @@ def _share(text: str) -> float:
     return share
 
 
-@refusing
 def run(options: argparse.Namespace) -> int:
     """Print the comparison; the exit status is 1 where ours is slower and that is to fail."""
     before, after = read(options.before), read(options.after)

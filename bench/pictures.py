@@ -269,8 +269,9 @@ def scaling(run: Run) -> Figure:
 
 
 def _ticks(panel: Axes) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter("{x:g}")
 

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from deepcontrol_cuda import files
 
+from .options import UsageError
 from .pictures import pictures
-from .reading import InputError, read, refusing
+from .reading import InputError, read
 from .rows import Run
 
 if TYPE_CHECKING:
@@ -46,38 +46,38 @@ def image(figure: Figure, suffix: str, identifier: str) -> bytes:
     return buffer.getvalue()
 
 
-def missing() -> str | None:
-    """What to do where pictures cannot be drawn, or None."""
-    return None if importlib.util.find_spec("matplotlib") else "pictures need matplotlib: pip install matplotlib"
+def wanted() -> None:
+    """Raise ``UsageError`` where pictures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("pictures need matplotlib: pip install matplotlib")
+
+
+HELP = "draw ratios, roofline, scaling, bandwidth and memory of files"
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files that python -m bench has written")
+    parser.add_argument("--output", type=Path, default=Path("report/bench"), help="folder (default: report/bench)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files that python -m bench has written")
-    parser.add_argument("--output", type=Path, default=Path("report/bench"), help="folder (default: report/bench)")
+    add_files(parser)
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="default: both")
 
 
-@refusing
 def run(options: argparse.Namespace) -> int:
-    if reason := missing():
-        print(f"error: {reason}", file=sys.stderr)
-        return 1
+    wanted()
     runs = {path: read(path) for path in options.files}
     for path, found in runs.items():
         if not pictures(found):
             raise InputError(f"{path}: a run of {found.command!r} with nothing to draw, wanted one with timed rows")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        for path, found in runs.items():
-            if not found.complete:
-                print(f"{path} is incomplete: the run was stopped")
-            for name, draw in pictures(found).items():
-                figure = draw()
-                for suffix in options.format:
-                    target = options.output / f"{path.stem}_{name}.{suffix}"
-                    files.replace(target, image(figure, suffix, digest([found])))
-                    print(target)
-    except OSError as error:
-        print(f"error: --output: {error}", file=sys.stderr)
-        return 1
+    for path, found in runs.items():
+        if not found.complete:
+            print(f"{path} is incomplete: the run was stopped")
+        for name, draw in pictures(found).items():
+            figure = draw()
+            for suffix in options.format:
+                target = options.output / f"{path.stem}_{name}.{suffix}"
+                files.replace(target, image(figure, suffix, digest([found])))
+                print(target)
     return 0

@@ -1,18 +1,15 @@
-"""What commands that read results share: files in, a message and an exit status for what cannot be read."""
+"""What commands that read results share."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 from . import rows
+from .options import UsageError
 from .rows import Run
 
 
-class InputError(ValueError):
+class InputError(UsageError):
     """The files are not what the command wants; the message says what was given, what is wanted and what to do."""
 
 
@@ -26,20 +23,6 @@ def read(path: Path) -> Run:
         ) from None
     except rows.UnknownFormatError as error:
         raise InputError(str(error)) from None
-
-
-def refusing(command: Callable[..., int]) -> Callable[..., int]:
-    """Turn an ``InputError`` of ``command`` into a message and the exit status 2, that of bad usage."""
-
-    @wraps(command)
-    def run(*arguments: Any, **named: Any) -> int:
-        try:
-            return command(*arguments, **named)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-    return run
 
 
 def is_ours(peer: str) -> bool:
