@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 from . import bootstrap
@@ -34,7 +34,13 @@ _OTHER_COLOURS = {
     True: ("#56B4E9", "#009E73", "#80CDC1", "#003C5A"),
     False: ("#882255", "#DDCC77", "#BBBBBB", "#332288"),
 }
-_WORDS = {"bn": "BN", "relu": "ReLU", "relu_": "ReLU in place"}
+_WORDS = {"bn": "BN", "relu": "ReLU", "abn": "ABN"}
+_NORMS = {
+    "group + norm": "GroupNorm",
+    "instance + norm": "InstanceNorm",
+    "sync + BN": "SyncBatchNorm",
+    "inplace + ABN": "InPlace-ABN",
+}
 _SUFFIXES = ("compiled", "folded")
 # More bars of one row than these are not told apart; the tables have all peers.
 _PEERS = 6
@@ -47,14 +53,18 @@ _ON_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 _AXES = ("batch", "channels", "size", "threads")
 
 
-def label(peer: str) -> str:
-    """The name of a peer in words: "conv_bn_relu" is "conv + BN + ReLU"."""
+def label(peer: str, command: str = "layers") -> str:
+    """The name of a peer in words: "conv_bn_relu" is "conv + BN + ReLU", or of a run of models "Batch Norm"."""
     if is_ours(peer):
         return peer.replace("ours", "Deep Control", 1)
+    if command == "models":
+        peer = {"conv_relu": "no norm"}.get(peer, peer.removeprefix("conv_").replace("_relu", ""))
     in_place, parts = peer.endswith("_"), peer.rstrip("_").split("_")
     prefix = [part for part in parts if part in _SUFFIXES]
     text = " + ".join(_WORDS.get(part, part) for part in parts if part not in _SUFFIXES)
-    text = text.replace("group + norm", "GroupNorm").replace("instance + norm", "InstanceNorm")
+    for found, word in _NORMS.items():
+        text = text.replace(found, word)
+    text = "Batch Norm" if text == "BN" else text
     return " ".join([*prefix, text]) + (" in place" if in_place else "")
 
 
@@ -72,16 +82,17 @@ def shown(rows: Sequence[Row]) -> list[str]:
 
 def means(run: Run) -> Figure:
     """Geometric means over the cases, of Batch Norm and ours, with 95 % intervals: the run at a glance."""
-    peers = [p for p in ("conv_bn_relu", "conv_bn_relu_compiled", "ours") if all(p in row.seconds for row in run.rows)]
+    every = ("conv_bn_relu", "conv_bn_relu_compiled", "ours")
+    peers = [peer for peer in every if any(peer in row.seconds for row in run.rows)]
     modes = list(dict.fromkeys(row.setting.mode for row in run.rows))
     figure = _figure(9.0, 3.1 * len(modes) + 0.6)
     width = 0.8 / len(peers)
     for panel, mode in zip(figure.subplots(len(modes), 1, squeeze=False).flat, modes):
         groups = _grouped([row for row in run.rows if row.setting.mode == mode], lambda row: row.setting)
         for i, peer in enumerate(peers):
-            found = [mean(rows, peer) for rows in groups.values()]
-            places = [place + (i - (len(peers) - 1) / 2) * width for place in range(len(groups))]
-            _bars(panel, places, found, width, _COLOURS[peer], peer)
+            timed = {g: rows for g, rows in enumerate(groups.values()) if all(peer in row.seconds for row in rows)}
+            places = [g + (i - (len(peers) - 1) / 2) * width for g in timed]
+            _bars(panel, places, [mean(rows, peer) for rows in timed.values()], width, _COLOURS[peer], peer)
         panel.axhline(1, color="black", linewidth=0.9, linestyle=":")
         panel.set_xticks(range(len(groups)), [_place(setting, run) for setting in groups])
         panel.set_ylabel(f"time / {label(run.rows[0].baseline)}")
@@ -93,12 +104,15 @@ def means(run: Run) -> Figure:
 
 
 def mean(rows: Sequence[Row], peer: str, to: str | None = None) -> Interval:
+    """Geometric mean of the rows' ratios to a peer or the baseline."""
     return bootstrap.geometric_mean([row.ratios(peer, to) for row in rows])
 
 
 def _bars(
     panel: Axes, places: Sequence[float], found: Sequence[Interval], width: float, colour: str, peer: str
 ) -> None:
+    if not found:
+        return
     heights = [interval.value for interval in found]
     reach = [[i.value - i.low for i in found], [i.high - i.value for i in found]]
     style = {"error_kw": {"elinewidth": 0.9}, "ecolor": "black", "label": label(peer)}
@@ -106,7 +120,7 @@ def _bars(
     panel.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=3, bbox=_ON_LINES)
 
 
-def ratios(rows: Sequence[Row], title: str) -> Figure:
+def ratios(rows: Sequence[Row], title: str, command: str = "layers") -> Figure:
     """Time over the baseline: a panel a layout and mode, a group of bars a case and one for the geometric mean."""
     panels = _grouped(rows, lambda row: (row.setting.layout, row.setting.mode, row.setting.batch, row.setting.threads))
     peers = shown(rows)
@@ -121,11 +135,15 @@ def ratios(rows: Sequence[Row], title: str) -> Figure:
         values = [v for row in own for peer in peers if peer in row.seconds for v in [median(row.ratios(peer))]]
         longest = min(_LONGEST, max(values))
         for i, peer in enumerate(peers):
-            bars = [(g, mean([found[case]], peer).value) for g, case in enumerate(cases) if _has(found.get(case), peer)]
+            bars = [
+                (g, median(found[case].ratios(peer))) for g, case in enumerate(cases) if _has(found.get(case), peer)
+            ]
             if len(bars) == len(cases) > 1:
-                bars.append((len(cases), mean(own, peer).value))
+                bars.append((len(cases), geometric_mean([value for _, value in bars])))
             places = [g + (i - (len(peers) - 1) / 2) * height for g, _ in bars]
-            panel.barh(places, [min(v, longest) for _, v in bars], 0.92 * height, color=tints[peer], label=label(peer))
+            panel.barh(
+                places, [min(v, longest) for _, v in bars], 0.92 * height, color=tints[peer], label=label(peer, command)
+            )
             style = {"va": "center", "fontsize": 6.5, "bbox": _ON_LINES}
             for place, (g, value) in zip(places, bars):
                 if value > longest or is_ours(peer) or groups[g] == MEAN:
@@ -137,7 +155,7 @@ def ratios(rows: Sequence[Row], title: str) -> Figure:
         panel.set_ylim(len(groups) - 0.45, -0.55)
         panel.set_yticks(range(len(groups)), groups)
         panel.tick_params(axis="y", length=0)
-        panel.set_xlabel(f"time / {label(own[0].baseline)}", fontsize=9)
+        panel.set_xlabel(f"time / {label(own[0].baseline, command)}", fontsize=9)
         panel.set_title(_panel_title(key, panels), fontsize=10)
     _legend(figure, f"{title}; less is faster", peers)
     return figure
@@ -433,10 +451,10 @@ def pictures(run: Run) -> dict[str, Callable[[], Figure]]:
         return {"scaling": lambda: scaling(run)}
     if run.command == "bandwidth" and any(row.bytes for row in timed):
         return {"bandwidth": lambda: bandwidth(run)}
-    if timed and run.command == "layers" and all({"ours", "conv_bn_relu"} <= row.seconds.keys() for row in timed):
+    if timed and run.command == "layers" and all("ours" in row.seconds for row in timed):
         found["means"] = lambda: means(run)
     for dtype, rows in _grouped(timed, lambda row: row.setting.dtype).items():
-        found[f"ratios_{dtype}"] = lambda rows=rows, dtype=dtype: ratios(rows, dtype)
+        found[f"ratios_{dtype}"] = lambda rows=rows, dtype=dtype: ratios(rows, dtype, run.command)
     ceilings = {ceiling.threads: ceiling for ceiling in run.ceilings}
     if any(_in_roofline(row, ceilings) for row in timed):
         found["roofline"] = lambda: roofline(run)
