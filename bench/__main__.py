@@ -7,13 +7,33 @@ import sys
 from collections.abc import Sequence
 
 from . import (
+    bandwidth,
+    blocks,
+    fine_tuning,
+    gpu_command,
     layers,
+    memory,
+    models,
+    overhead,
+    predict,
+    projection,
+    scaling,
 )
-from .options import UsageError, check
+from .options import MissingError, UsageError, check
 from .runner import WrongResultError
 
 COMMANDS = {
     "layers": layers,
+    "blocks": blocks,
+    "models": models,
+    "bandwidth": bandwidth,
+    "memory": memory,
+    "overhead": overhead,
+    "scaling": scaling,
+    "projection": projection,
+    "fine-tuning": fine_tuning,
+    "predict": predict,
+    "gpu": gpu_command,
 }
 """Each has ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 
@@ -29,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UsageError as error:
         return _fail(str(error), 2)
-    except WrongResultError as error:
+    except (MissingError, WrongResultError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

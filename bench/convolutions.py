@@ -98,7 +98,7 @@ def algorithms(backend: str) -> tuple[str, ...]:
     """What a backend can be told to do for a convolution; none if there is no choice."""
     # The CPU's ops may lie in one namespace with CUDA's.
     chooses = hasattr(getattr(torch.ops, backends._compiled[backend].namespace), "prefer_algorithm")
-    return tuple(backends.ALGORITHMS) if chooses and backend != "cpu" else ()
+    return tuple(backends.ALGORITHMS["cuda"]) if chooses and backend != "cpu" else ()
 
 
 def timed() -> list[tuple[Shape, Setting, int]]:

@@ -33,10 +33,10 @@ from deepcontrol_cuda.ceilings import BY_GENERATION, Ceilings
 from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
-from . import convolutions, hardware, kernels, options, record, report
+from . import convolutions, hardware, kernels, record, report
 from .clock import Clock, GpuClock
-from .kernels import Case, Measured
 from .convolutions import Setting
+from .kernels import Case, Measured
 from .rows import Accuracy, Verdict
 from .runner import WrongResultError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, product
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from . import options as asked
 from . import report, roofline, runner
 from .record import Recording
-from .rows import Row, Setting
+from .rows import Setting
 from .runner import Box, Cell
 
 
@@ -27,14 +27,11 @@ def run(
     recording: Recording,
     cells: Sequence[Cell],
     options: argparse.Namespace,
-    kept: Callable[[Cell, Row], Row] = lambda cell, row: row,
 ) -> int:
     """Measure ``cells``, which come sorted by setting, and return the exit status: 1 where something was wrong.
 
-    Ceilings are measured at each number of threads. What a row leaves of its time goes to those behind it.
-
-    Args:
-        kept: adds to a row what is not timed.
+    Ceilings are measured at each number of threads. What a row leaves of its time goes to those behind it. A row whose
+    baseline is missing or whose "ours" is wrong is not kept.
     """
     from tqdm import tqdm  # not where only `make gpu` runs
 
@@ -51,14 +48,14 @@ def run(
                 for cell in group:
                     bar.set_description(f"{setting}: {cell.case}")
                     share = (end - time.perf_counter()) / (len(cells) - done)
-                    box = Box.exactly(options.rounds) if options.rounds else Box(share)
+                    box = Box.exactly(options.rounds) if options.rounds else Box(share, 3 if options.quick else 5)
                     row, prepared = runner.measure(cell, clock, box, bar.refresh)
                     done += 1
                     bar.update()
                     _tell(recording, cell, prepared, tqdm)
                     if cell.baseline in row.seconds and "ours" not in prepared.wrong:
-                        timed.append(kept(cell, row))
-                        recording.rows.append(timed[-1])
+                        timed.append(row)
+                        recording.rows.append(row)
                 if timed:
                     tqdm.write(f"\n{setting}\n\n{report.rows_table(timed)}\n", file=sys.stdout)
     return 1 if recording.wrong else 0

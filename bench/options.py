@@ -22,6 +22,10 @@ class UsageError(Exception):
     """What was asked for cannot be had here; the message says what is missing."""
 
 
+class MissingError(Exception):
+    """Something is not installed or cannot be written to; the message says what to do."""
+
+
 def positive(text: str) -> int:
     return _integer(text, 1)
 
@@ -88,19 +92,19 @@ def threads(options: argparse.Namespace) -> list[int]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ``UsageError`` where a folder cannot be written to, a GPU is missing or the extension is not loaded."""
+    """Raise ``UsageError`` without the GPU asked for, ``MissingError`` without the extension or the folder."""
     if output := getattr(options, "output", None):
         try:
             output.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=output):
                 pass
         except OSError as error:
-            raise UsageError(f"--output: cannot write into {output}: {error.strerror}") from error
+            raise MissingError(f"--output: cannot write into {output}: {error.strerror}") from error
     device = getattr(options, "device", None)
     if device is None:
         return
     reasons = backends.available()
     if device == "cpu" and reasons["cpu"]:
-        raise UsageError(f"backend 'cpu': {reasons['cpu']}")
+        raise MissingError(f"backend 'cpu': {reasons['cpu']}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda: {reasons['cuda']}")

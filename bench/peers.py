@@ -81,6 +81,7 @@ _LAYERS: dict[str, Callable[[Shape], nn.Module]] = {
 PEERS = tuple(_LAYERS)
 MAIN = ("conv_relu", "conv_bn_relu", "ours")
 """The peers of the verdicts, which no run goes without."""
+MEAN_SHIFT_REJECTION = "ours, mean shift rejection"
 ALGORITHMS = "algorithms"
 """Stands for ours by every backend and algorithm, in a list of peers."""
 
@@ -132,7 +133,7 @@ _NETWORKS: dict[str, Callable[[nn.Module], nn.Module]] = {
         network, partial(importlib.import_module("inplace_abn").InPlaceABN, activation="identity")
     ),
     "ours": lambda network: dc.replace_conv_bn(network).model,
-    "ours, mean shift rejection": lambda network: dc.replace_conv_bn(network, "mean_shift_rejection").model,
+    MEAN_SHIFT_REJECTION: lambda network: dc.replace_conv_bn(network, "mean_shift_rejection").model,
 }
 NETWORK_PEERS = tuple(_NETWORKS)
 
@@ -178,7 +179,7 @@ def ways(device: str) -> dict[str, Way]:
     names = ("cpu",) if device == "cpu" else ("cuda", "triton")
     for backend in (name for name in names if backends.available()[name] is None):
         prefix = "ours, " if device == "cpu" else f"ours, {backend}, "
-        algorithms = _algorithms(backend)
+        algorithms = backends.ALGORITHMS.get(backend, ())
         found |= {prefix + algorithm: partial(_by, backend, algorithm) for algorithm in algorithms}
         if not algorithms and device != "cpu":
             found[prefix.rstrip(", ")] = partial(backends.use, backend)
@@ -190,18 +191,6 @@ def _by(backend: str, algorithm: str) -> AbstractContextManager:
     stack.enter_context(backends.use(backend))
     stack.enter_context(backends.prefer(algorithm, backend))
     return stack
-
-
-def _algorithms(backend: str) -> tuple[str, ...]:
-    """What a backend can be told to do for a convolution; none if there is no choice."""
-    found = []
-    for algorithm in backends.ALGORITHMS:
-        try:
-            with backends.prefer(algorithm, backend):
-                found.append(algorithm)
-        except (RuntimeError, ValueError, AttributeError):
-            continue
-    return tuple(found)
 
 
 def why_not(name: str, setting: Setting, device: str = "cpu") -> str | None:

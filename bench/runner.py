@@ -41,10 +41,11 @@ class Contestant:
 
     Args:
         calls: timed one by one in a round, whose time is their median; for what takes microseconds.
+        parts: of a call; seconds are of one of them.
     """
 
-    def __init__(self, call: Call, way: Way = nullcontext, calls: int = 1) -> None:
-        self.call, self.way, self.calls = call, way, calls
+    def __init__(self, call: Call, way: Way = nullcontext, calls: int = 1, parts: int = 1) -> None:
+        self.call, self.way, self.calls, self.parts = call, way, calls, parts
 
     def prepare(self, clock: Clock) -> None:
         """The first call, which may compile, allocate and choose."""
@@ -63,7 +64,7 @@ class Contestant:
             for _ in range(self.calls):
                 found.append(clock.seconds(self._prepared))
                 self.call.clear_gradients()
-        return statistics.median(found)
+        return statistics.median(found) / self.parts
 
 
 @dataclass
@@ -182,20 +183,35 @@ def measure(cell: Cell, clock: Clock, box: Box, progress: Callable[[], object] =
     return row, prepared
 
 
-def ours_by(step: Step, names: Iterable[str], device: str, what: str, prepared: Prepared, calls: int = 1) -> None:
-    """Put into ``prepared`` the step ``ours`` by each of ``names``, "ours" and ``peers.ways``, that is right."""
+def ours_by(
+    step: Step,
+    names: Iterable[str],
+    device: str,
+    what: str,
+    prepared: Prepared,
+    calls: int = 1,
+    checked: Sequence[Step] | None = None,
+) -> None:
+    """Put into ``prepared`` the step ``ours`` by each of ``names``, "ours" and ``peers.ways``, that is right.
+
+    Args:
+        calls: as for ``Contestant``.
+        checked: what is compared with float64, ``step`` by default; of results of one name the last is kept.
+    """
     ways = {"ours": nullcontext} | peers.ways(device)
+    checked = checked or [step]
     with backends.use("reference"):
-        reference_errors = step.errors()
+        reference_errors = [each.errors() for each in checked]
     for name in names:
         try:
             with ways[name]():
-                prepared.accuracies[name] = check(step, f"{name} at {what}", reference_errors)
+                found = [check(each, f"{name} at {what}", errors) for each, errors in zip(checked, reference_errors)]
         except WrongResultError as error:
             prepared.wrong[name] = str(error)
         except RuntimeError as error:
             prepared.skipped[name] = _words(error)
         else:
+            prepared.accuracies[name] = {result: accuracy for one in found for result, accuracy in one.items()}
             prepared.contestants[name] = Contestant(step, ways[name], calls)
 
 
@@ -214,7 +230,7 @@ def check(step: Step, what: str, reference_errors: Mapping[str, float] | None = 
     rounding = torch.finfo(step.x.dtype).eps * (8 if step.x.dtype == torch.float64 else 1)
     accuracies = {}
     for name, error in errors.items():
-        sources = [name, "gradient of weight"] if name == "gradient of gain" else [name]
+        sources = [name, f"{name.removesuffix('gain')}weight"] if name.endswith("gain") else [name]
         reference_error = max(reference_errors[source] for source in sources)
         budget = 2 * (reference_error + rounding)
         if not error <= budget:

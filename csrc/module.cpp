@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/conv_plan.h"
 #include "cpu/kernels.h"
 #include "cuda/conv_plan.h"
 #include "cuda/plan.h"
@@ -42,39 +43,65 @@ static py::dict plan_center(int64_t samples, int64_t channels, int64_t pixels, b
 
 using Three = std::array<int64_t, 3>;
 
+static void check(bool right, const std::string& what) {
+  if (!right) throw py::value_error(what);
+}
+
+static deepcontrol::Windows windows_of(int64_t samples, int64_t channels, int64_t filters, int64_t groups,
+                                       const Three& size, const Three& kernel, const Three& stride, const Three& padding,
+                                       const Three& dilation) {
+  check(samples >= 0 && channels > 0 && filters > 0, "samples, channels, filters: wanted positive integers");
+  check(groups > 0 && channels % groups == 0 && filters % groups == 0,
+        "groups: got " + std::to_string(groups) + ", wanted a divisor of " + std::to_string(channels) + " channels and " +
+            std::to_string(filters) + " filters");
+  deepcontrol::Windows windows;
+  for (int d = 0; d < 3; ++d) {
+    check(kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0,
+          "kernel, stride, dilation: wanted integers of at least 1, for the padding 0");
+    check(size[d] + 2 * padding[d] > dilation[d] * (kernel[d] - 1), "size: the kernel is larger than the padded input");
+    windows.size[d] = size[d];
+    windows.kernel[d] = kernel[d];
+    windows.stride[d] = stride[d];
+    windows.padding[d] = padding[d];
+    windows.dilation[d] = dilation[d];
+    windows.output[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  return windows;
+}
+
+static py::dict plan_conv_cpu(int64_t rank, int64_t samples, int64_t channels, int64_t filters, int64_t groups,
+                              const Three& size, const Three& kernel, const Three& stride, const Three& padding,
+                              const Three& dilation, const std::string& dtype, bool channels_last, bool centred,
+                              int64_t threads) {
+  using namespace deepcontrol::cpu;
+  check(threads > 0, "threads: wanted a positive integer");
+  const auto windows = windows_of(samples, channels, filters, groups, size, kernel, stride, padding, dilation);
+  const ConvCase c{dtype_named(dtype), rank, samples, channels, filters, groups, windows, channels_last, centred, threads};
+  py::dict result;
+  for (const auto& [name, pass] : {std::pair{"forward", Pass::forward}, std::pair{"backward", Pass::backward}}) {
+    py::dict of_pass, obstacles;
+    for (const Algorithm algorithm : kAlgorithms) obstacles[name_of(algorithm)] = why_not(algorithm, pass, c);
+    of_pass["obstacles"] = obstacles;
+    of_pass["chosen"] = name_of(choose(pass, c));
+    result[name] = of_pass;
+  }
+  return result;
+}
+
 static py::dict plan_conv(int64_t samples, int64_t channels, int64_t filters, int64_t groups, const Three& size,
                           const Three& kernel, const Three& stride, const Three& padding, const Three& dilation,
                           const std::string& dtype, bool channels_innermost, bool centred, bool tf32, int capability,
                           int processors, int64_t shared_memory, bool sm90a) {
   using namespace deepcontrol;
-  const auto check = [](bool right, const std::string& what) {
-    if (!right) throw py::value_error(what);
-  };
-  check(samples >= 0 && channels > 0 && filters > 0, "samples, channels, filters: wanted positive integers");
-  check(groups > 0 && channels % groups == 0 && filters % groups == 0,
-        "groups: got " + std::to_string(groups) + ", wanted a divisor of " + std::to_string(channels) + " channels and " +
-            std::to_string(filters) + " filters");
   check(capability >= 80 && processors > 0 && shared_memory > 0,
         "capability, processors, shared_memory: wanted a GPU of compute capability 8.0 (80) or higher");
-  for (int d = 0; d < 3; ++d) {
-    check(kernel[d] > 0 && stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0,
-          "kernel, stride, dilation: wanted integers of at least 1, for the padding 0");
-    check(size[d] + 2 * padding[d] > dilation[d] * (kernel[d] - 1), "size: the kernel is larger than the padded input");
-  }
   cuda::ConvCase c{};
+  c.windows = windows_of(samples, channels, filters, groups, size, kernel, stride, padding, dilation);
   c.dtype = dtype_named(dtype);
   c.samples = samples;
   c.channels = channels;
   c.filters = filters;
   c.groups = groups;
-  for (int d = 0; d < 3; ++d) {
-    c.windows.size[d] = size[d];
-    c.windows.kernel[d] = kernel[d];
-    c.windows.stride[d] = stride[d];
-    c.windows.padding[d] = padding[d];
-    c.windows.dilation[d] = dilation[d];
-    c.windows.output[d] = (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
-  }
   c.channels_innermost = channels_innermost;
   c.aligned = true;
   c.centred = centred;
@@ -148,6 +175,14 @@ PYBIND11_MODULE(_C, m) {
         "`lanes` threads along a row, `part` pixels each, `parts` to a map, as a cluster or in two launches. The GPU "
         "is given by compute capability (90 for 9.0), multiprocessors and bytes of shared memory a block; no GPU is "
         "needed.");
+  m.def("plan_conv_cpu", plan_conv_cpu, "rank"_a, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a,
+        "stride"_a, "padding"_a, "dilation"_a, "dtype"_a, "channels_last"_a, "centred"_a, "threads"_a,
+        "For each pass of a convolution on this CPU, \"forward\" and \"backward\": under `obstacles` every algorithm with "
+        "None or the reason why it does not take the layer, and the one that is `chosen`. `rank` is the number of spatial "
+        "dimensions, sizes are triples, (1, H, W) in two dimensions. Raises RuntimeError where the preferred algorithm "
+        "does not take the layer.");
+  m.def("prefer_algorithm_cpu", deepcontrol::cpu::prefer_algorithm, "name"_a,
+        "One algorithm for every convolution on the CPU, \"\" for automatic choice.");
   m.def("plan_conv", plan_conv, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a, "stride"_a,
         "padding"_a, "dilation"_a, "dtype"_a = "bfloat16", "channels_innermost"_a = true, "centred"_a = true,
         "tf32"_a = true, "capability"_a = 90, "processors"_a = 132, "shared_memory"_a = 232448, "sm90a"_a = true,

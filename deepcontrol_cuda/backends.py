@@ -158,33 +158,66 @@ def _dotted(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*capability)
 
 
+ALGORITHMS = {
+    "cuda": {
+        "fused sm90": "a short pass for the means and one fused pass by TMA and wgmma",
+        "held sm90": "one fused pass by TMA and wgmma that holds each map",
+        "fused sm80": "a short pass for the means and one fused pass by mma.sync",
+        "held sm80": "one fused pass by mma.sync that holds each map",
+        "direct": "one direct pass",
+        "two passes": "two passes, cuDNN's convolution and then center",
+    },
+    "cpu": {
+        "product": "a matrix product with the centring on its way",
+        "two passes": "two passes, oneDNN's convolution and then center",
+    },
+}
+"""What a backend may do for the forward pass of a convolution, by name (``conv_plan.h`` in ``csrc/cuda`` and
+``csrc/cpu``); on a CPU for the backward pass too."""
+
+
 def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
-    return f"{_ops.extension.info()['isa']} kernels around oneDNN"
+    kernels = f"{_ops.extension.info()['isa']} kernels"
+    if op != "conv_center" or weight is None:
+        return f"{kernels} around oneDNN"
+    plan = _plan_cpu(input, weight, geometry)
+    texts = [f"{name} by {ALGORITHMS['cpu'][plan[name]['chosen']]}" for name in ("forward", "backward")]
+    return f"{kernels}, {', '.join(texts)}"
+
+
+def _plan_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, dict]:
+    """``_C.plan_conv_cpu`` of a centred layer."""
+    stride, padding, dilation, groups = geometry
+    rank = input.dim() - 2
+    fill = [1] * (3 - rank)
+    spatial = ([*fill, *sizes] for sizes in (input.shape[2:], weight.shape[2:], stride))
+    return _ops.extension.plan_conv_cpu(
+        rank,
+        *(input.shape[0], input.shape[1], weight.shape[0], groups),
+        *spatial,
+        [0] * (3 - rank) + list(padding),
+        [*fill, *dilation],
+        dtype=str(input.dtype).removeprefix("torch."),
+        channels_last=_layout(input, weight) == "channels_last",
+        centred=True,
+        threads=torch.get_num_threads(),
+    )
 
 
 _PREDICTED = "predicted fastest from bytes and operations, not timed"
-ALGORITHMS = {
-    "fused sm90": "a short pass for the means and one fused pass by TMA and wgmma",
-    "held sm90": "one fused pass by TMA and wgmma that holds each map",
-    "fused sm80": "a short pass for the means and one fused pass by mma.sync",
-    "held sm80": "one fused pass by mma.sync that holds each map",
-    "direct": "one direct pass",
-    "two passes": "two passes, cuDNN's convolution and then center",
-}
-"""What backend "cuda" may do for the forward pass of a convolution, by name (``csrc/cuda/conv_plan.h``)."""
 
 
 def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
     if op != "conv_center" or weight is None:
         return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
     chosen = torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
-    why = "preferred" if _algorithm is not None else _PREDICTED
-    if _algorithm is None:
+    why = "preferred" if "cuda" in _algorithms else _PREDICTED
+    if "cuda" not in _algorithms:
         *place, layer = _key(input, op, weight, geometry[0])
         timed = measured.fastest(_measured_times(), _place(place[0], *place[2:], layer), ("cuda",))
         if timed is not None and timed.algorithm == chosen:
             why = f"the fastest that {timed.result} has for this layer"
-    return f"{ALGORITHMS[chosen]} ({why})"
+    return f"{ALGORITHMS['cuda'][chosen]} ({why})"
 
 
 def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
@@ -222,7 +255,8 @@ def _checked(name: str, origin: str) -> str:
 
 
 _preferred: str | None = _checked(os.environ[_VARIABLE], _VARIABLE) if os.environ.get(_VARIABLE) else None
-_algorithm: str | None = None
+# Those that are preferred, by backend.
+_algorithms: dict[str, str] = {}
 _warned = False
 _proofs: dict[tuple[str, str, str, str, str], proven.Proof] | None = None
 _times: tuple[measured.Time, ...] | None = None
@@ -254,31 +288,39 @@ def use(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
-    """One of ``ALGORITHMS`` for every convolution of backend "cuda" inside, though another be predicted to be faster.
+    """One of ``ALGORITHMS[backend]`` for every convolution of the backend inside, though another be taken for faster.
 
-    A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass; of the
-    weight gradient "two passes" is the library's, all others this package's own where it has one. The preference is one
-    for the whole process. ``ValueError`` for an unknown name.
+    A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass. A
+    backward pass that it does not take is that of "two passes"; on a GPU "two passes" leaves the weight gradient to the
+    library, all others take this package's own where it has one. The preference is one for the whole process.
+    ``ValueError`` for an unknown name.
 
     Args:
-        backend: one that has these algorithms.
+        backend: "cpu" or "cuda".
     """
-    global _algorithm
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm: got {algorithm!r}, wanted one of {', '.join(map(repr, ALGORITHMS))}")
-    if backend not in _compiled or backend in ("cpu", "triton"):
-        raise ValueError(f"backend: got {backend!r}, wanted 'cuda'; the others have no algorithms to prefer")
-    if backend == "cuda" and (reason := _why_no_cuda()):
-        raise RuntimeError(f"backend 'cuda': {reason}")
-    set_algorithm = getattr(torch.ops, _compiled[backend].namespace).prefer_algorithm
-    before = _algorithm
-    set_algorithm(algorithm)
-    _algorithm = algorithm
+    if backend not in _compiled or backend == "triton":
+        raise ValueError(f"backend: got {backend!r}, wanted 'cpu' or 'cuda'; the others have no algorithms to prefer")
+    known = ALGORITHMS["cpu" if backend == "cpu" else "cuda"]
+    if not isinstance(algorithm, str) or algorithm not in known:
+        raise ValueError(f"algorithm: got {algorithm!r}, wanted one of {', '.join(map(repr, known))}")
+    if backend in ALGORITHMS and (reason := _compiled[backend].unavailable()):
+        raise RuntimeError(f"backend {backend!r}: {reason}")
+    before = _algorithms.get(backend)
+    _prefer(algorithm, backend)
     try:
         yield
     finally:
-        _algorithm = before
-        set_algorithm(before or "")
+        _prefer(before, backend)
+
+
+def _prefer(algorithm: str | None, backend: str) -> None:
+    if backend == "cpu":
+        _ops.extension.prefer_algorithm_cpu(algorithm or "")
+    else:
+        getattr(torch.ops, _compiled[backend].namespace).prefer_algorithm(algorithm or "")
+    _algorithms.pop(backend, None)
+    if algorithm is not None:
+        _algorithms[backend] = algorithm
 
 
 # torch.compile would have it that no ONNX export goes on, also when that uses it.
@@ -423,7 +465,7 @@ def _measured_times() -> tuple[measured.Time, ...]:
 
 
 def _remember_fastest(time: measured.Time) -> None:
-    if time.algorithm not in ALGORITHMS:  # of a version that had others
+    if time.algorithm not in ALGORITHMS["cuda"]:  # of a version that had others
         return
     torch.ops.deepcontrol.remember_fastest_algorithm(time.capability, time.dtype, time.layer, time.algorithm)
 

@@ -25,7 +25,7 @@ class Time:
     """As ``layer`` tells it."""
     backend: str
     algorithm: str
-    """Of ``backends.ALGORITHMS`` the fastest; "" for a backend that does not have them."""
+    """Of ``backends.ALGORITHMS["cuda"]`` the fastest; "" for a backend that does not have them."""
     seconds: float
     """Sum of the medians over the batches that were timed."""
     gpu: str

@@ -496,18 +496,32 @@ def test_a_backend_of_the_tests_is_one_like_the_others(monkeypatch):
     assert torch.equal(autograd.center(X, None, None, None, None, "relu", 0.0, "second"), torch.zeros_like(X))
 
 
-@pytest.mark.parametrize("algorithm", ["fastest", "", None, ["direct"]])
-def test_an_unknown_algorithm_is_not_preferred(algorithm):
+@pytest.mark.parametrize(
+    ("backend", "algorithm"),
+    [
+        ("cuda", "fastest"),
+        ("cuda", ""),
+        ("cuda", None),
+        ("cuda", ["direct"]),
+        ("cuda", "product"),
+        ("cpu", "held sm90"),
+    ],
+)
+def test_an_unknown_algorithm_is_not_preferred(backend, algorithm):
+    first = "fused sm90" if backend == "cuda" else "product"
     with (
-        pytest.raises(ValueError, match=r"algorithm: got .*, wanted one of 'fused sm90', "),
-        backends.prefer(algorithm),
+        pytest.raises(ValueError, match=rf"algorithm: got .*, wanted one of .*'{first}', "),
+        backends.prefer(algorithm, backend),
     ):
         pass
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton", "bogus", None])
+@pytest.mark.parametrize("backend", ["reference", "triton", "bogus", None])
 def test_other_backends_have_no_algorithms_to_prefer(backend):
-    with pytest.raises(ValueError, match=r"backend: got .*, wanted 'cuda'"), backends.prefer("direct", backend):
+    with (
+        pytest.raises(ValueError, match=r"backend: got .*, wanted 'cpu' or 'cuda'"),
+        backends.prefer("direct", backend),
+    ):
         pass
 
 
@@ -516,3 +530,50 @@ def test_an_algorithm_is_preferred_where_cuda_is():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda': {reason}")), backends.prefer("direct"):
         pass
+
+
+POINTWISE = torch.ones(4, 2, 1, 1)
+
+
+def plan_of(x, weight, padding=0):
+    return backends._plan_cpu(x, weight, ((1, 1), (padding, padding), (1, 1), 1))
+
+
+def test_the_extension_has_the_algorithms_that_are_named_here():
+    assert plan_of(X, POINTWISE)["forward"]["obstacles"].keys() == backends.ALGORITHMS["cpu"].keys()
+
+
+@pytest.fixture
+def product():
+    if reason := plan_of(torch.ones(1, 2, 1, 1), POINTWISE)["forward"]["obstacles"]["product"]:
+        pytest.skip(reason)
+
+
+def test_an_algorithm_is_preferred_on_a_cpu_until_the_preference_ends(product):
+    x = torch.randn(8, 2, 9, 9).contiguous(memory_format=torch.channels_last)
+    chosen = [plan_of(x, POINTWISE)[name]["chosen"] for name in ("forward", "backward")]
+    with backends.prefer("two passes", "cpu"):
+        assert [plan_of(x, POINTWISE)[name]["chosen"] for name in ("forward", "backward")] == ["two passes"] * 2
+        by_two_passes = dc.functional.deep_control_conv2d(x, POINTWISE)
+        with backends.prefer("product", "cpu"):
+            assert plan_of(x, POINTWISE)["forward"]["chosen"] == "product"
+        assert plan_of(x, POINTWISE)["forward"]["chosen"] == "two passes"
+    assert [plan_of(x, POINTWISE)[name]["chosen"] for name in ("forward", "backward")] == chosen
+    assert torch.allclose(by_two_passes, dc.functional.deep_control_conv2d(x, POINTWISE), atol=1e-5)
+
+
+def test_what_an_algorithm_does_not_take_is_refused_with_the_reason():
+    with (
+        backends.prefer("product", "cpu"),
+        pytest.raises(RuntimeError, match="algorithm 'product': the kernel has more"),
+    ):
+        dc.functional.deep_control_conv2d(X, torch.ones(5, 2, 3, 3))
+
+
+def test_a_backward_pass_that_an_algorithm_does_not_take_is_that_of_two_passes(product):
+    """Here there are too few pixels for the threads."""
+    x = torch.randn(1, 2, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with backends.prefer("product", "cpu"):
+        assert plan_of(x, POINTWISE)["backward"]["chosen"] == "two passes"
+        dc.functional.deep_control_conv2d(x, POINTWISE, mean_scale=0.0).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 4.0))

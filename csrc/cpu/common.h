@@ -47,14 +47,6 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save);
 
-// Whether the layer is a matrix product: a convolution by one tap without padding, in channels_last, of a dtype that the
-// processor multiplies fast.
-bool is_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef padding,
-                  int64_t groups);
-
-// Whether the means of the input's maps, from which those of the output follow, are fewer: one pass then does the layer.
-bool is_mean_of_input_cheaper(const Tensor& weight);
-
 struct Convolved {
   Tensor output;
   Centred centred;  // with the mean of conv(input, gain * weight)
@@ -74,10 +66,6 @@ struct PointwiseGrads {
   Tensor sums, grad_residual;
 };
 
-// Whether its backward pays as well.
-bool is_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
-                           at::IntArrayRef padding, int64_t groups);
-
 // `scale` multiplies dz'; `weight` is what grad_input is computed with. Sums are always there.
 PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                         at::MemoryFormat format, at::IntArrayRef stride, const Tensor& scale,
@@ -85,12 +73,7 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
                                         Activation activation, double slope, bool wants_input, bool wants_weight,
                                         bool wants_residual);
 
-// Whether the weight gradient of a convolution by several taps is faster as a matrix product over an unfolded input. The
-// library is slow where the weights are many and the pixels few; there a copy of the input for each tap is cheap.
-bool is_unfolded_better(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
-                        int64_t groups);
-
-// That gradient, in the dtype of the weight.
+// The weight gradient of a convolution by several taps as a matrix product over an unfolded input, in the dtype of the weight.
 Tensor unfolded_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
                             at::IntArrayRef padding, at::IntArrayRef dilation);
 

@@ -1,4 +1,4 @@
-// conv_center and conv_center_backward on CPU tensors: oneDNN through ATen for the convolutions, center around it.
+// conv_center and conv_center_backward on CPU tensors: each pass by the algorithm that conv_plan.h chooses.
 //
 // On a CPU the gain rides on the activations, which the centring touches anyway, and not on the weights, where it would
 // cost a pass and a copy of its own: forward multiplies z by it, backward multiplies dz' by it. So the library's weight
@@ -16,9 +16,40 @@
 #include <cmath>
 
 #include "common.h"
+#include "conv_plan.h"
 #include "workspace.h"
 
 namespace deepcontrol::cpu {
+
+// `sizes` are the output's.
+static ConvCase case_of(const Tensor& input, const Tensor& weight, at::IntArrayRef sizes, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, at::MemoryFormat format,
+                        bool centred) {
+  ConvCase c{dtype_of(input), input.dim() - 2, input.size(0), input.size(1), weight.size(0), groups};
+  for (int64_t d = 0; d < 3; ++d) {
+    const int64_t from = d - (3 - c.rank);
+    const bool is_there = from >= 0;
+    c.windows.size[d] = is_there ? input.size(from + 2) : 1;
+    c.windows.output[d] = is_there ? sizes[from + 2] : 1;
+    c.windows.kernel[d] = is_there ? weight.size(from + 2) : 1;
+    c.windows.stride[d] = is_there ? stride[from] : 1;
+    c.windows.padding[d] = is_there ? padding[from] : 0;
+    c.windows.dilation[d] = is_there ? dilation[from] : 1;
+  }
+  c.channels_last = format != at::MemoryFormat::Contiguous;
+  c.centred = centred;
+  c.threads = at::get_num_threads();
+  return c;
+}
+
+static Tensor library_convolution(const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                  int64_t groups) {
+  const std::vector<int64_t> no_output_padding(stride.size(), 0);
+  return at::convolution(dense(input), weight.to(input.scalar_type()), {}, stride, padding, dilation, false,
+                         no_output_padding, groups)
+      .contiguous(format);
+}
 
 static std::tuple<Tensor, Tensor, Tensor> conv_center(
     const Tensor& input, const Tensor& weight, const OptionalTensor& gain, const OptionalTensor& mean_scale,
@@ -26,7 +57,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view activation, double slope,
     bool save) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  output_sizes(input, weight, stride, padding, dilation, groups, true);
+  const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups, true);
   const auto format = format_of(input, weight);
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
@@ -35,19 +66,20 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const Tensor biases = vector_of(bias, filters, type, "bias");
   const bool is_centred = mean_scales.defined() || constant != 0.0;
+  const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
   Tensor z;
-  if (is_pointwise(input, weight, format, padding, groups)) {
-    if (!is_centred || is_mean_of_input_cheaper(weight)) {
-      const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
-                                               residual, act, slope, save);
-      return {result.output, result.centred.map_mean, result.centred.saved};
-    }
-    z = pointwise_product(input, weight, format, stride);
-  } else {
-    const std::vector<int64_t> no_output_padding(stride.size(), 0);
-    z = at::convolution(dense(input), weight.to(input.scalar_type()), {}, stride, padding, dilation, false,
-                        no_output_padding, groups)
-            .contiguous(format);
+  switch (choose(Pass::forward, c)) {
+    case Algorithm::product:
+      if (!is_centred || is_mean_of_input_cheaper(c)) {
+        const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
+                                                 residual, act, slope, save);
+        return {result.output, result.centred.map_mean, result.centred.saved};
+      }
+      z = pointwise_product(input, weight, format, stride);
+      break;
+    case Algorithm::two_passes:
+      z = library_convolution(input, weight, format, stride, padding, dilation, groups);
+      break;
   }
   const Centred centred =
       center_into(z, z, format, gains, mean_scales, constant, biases, residual, act, slope, save);
@@ -82,6 +114,66 @@ struct SplitGain {
   }
 };
 
+// What an algorithm is given for the backward pass.
+struct Backward {
+  const Tensor& grad_output;
+  const Tensor& input;
+  const Tensor& weight;  // that grad_input is computed with
+  at::MemoryFormat format;
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+  const Tensor& scale;  // of dz', and so of grad_weight
+  const Tensor& mean_scale;
+  double constant;
+  const Tensor& saved;
+  Activation activation;
+  double slope;
+  bool wants_input, wants_weight, wants_residual, wants_sums;
+};
+
+struct Gradients {
+  Tensor input, weight;
+  Tensor sums, residual;
+};
+
+static Gradients backward_of_product(const Backward& b) {
+  PointwiseGrads grads = fused_pointwise_backward(b.grad_output, b.input, b.weight, b.format, b.stride, b.scale,
+                                                  b.mean_scale, b.constant, b.saved, b.activation, b.slope,
+                                                  b.wants_input, b.wants_weight, b.wants_residual);
+  return {grads.grad_input, grads.grad_weight, grads.sums, grads.grad_residual};
+}
+
+// Computes dz', which is `convolve`'s to read and no one's to keep, and calls it: convolve(dz', gradients).
+template <class F>
+static Gradients backward_around(const Backward& b, F&& convolve) {
+  const Tensor shape = at::empty(b.grad_output.sizes(), b.grad_output.options().device(at::kMeta).memory_format(b.format));
+  const Workspace workspace(shape.numel() * shape.element_size());
+  const Tensor memory = at::from_blob(workspace.data(), shape.sizes(), shape.strides(), b.grad_output.options());
+  const CenteredError error =
+      center_error(b.grad_output, {}, b.scale, b.mean_scale, b.constant, b.saved, b.activation, b.slope, b.format,
+                   {true, b.wants_residual, b.wants_sums, false, memory});
+  Gradients grads{{}, {}, error.sums, error.grad_residual};
+  convolve(error.grad_input, grads);
+  return grads;
+}
+
+static Gradients backward_of_two_passes(const Backward& b, bool unfolds) {
+  return backward_around(b, [&](const Tensor& error, Gradients& grads) {
+    const std::vector<int64_t> no_output_padding(b.stride.size(), 0);
+    const bool by_library = b.wants_weight && !unfolds;
+    if (b.wants_input || by_library) {
+      std::tie(grads.input, grads.weight, std::ignore) = at::convolution_backward(
+          error, dense(b.input), b.weight.to(b.input.scalar_type()), std::nullopt, b.stride, b.padding, b.dilation, false,
+          no_output_padding, b.groups, {b.wants_input, by_library, false});
+    }
+    if (by_library) {
+      grads.weight = grads.weight.to(b.weight.scalar_type());
+    } else if (b.wants_weight) {
+      grads.weight = unfolded_weight_grad(error, b.input, b.weight, b.stride, b.padding, b.dilation);
+    }
+  });
+}
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
     const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
@@ -95,7 +187,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
   const auto act = parse_activation(activation);
-  check_grad_output(grad_output, input, output_sizes(input, weight, stride, padding, dilation, groups, true));
+  const auto sizes = output_sizes(input, weight, stride, padding, dilation, groups, true);
+  check_grad_output(grad_output, input, sizes);
   Tensor scaled_weight = weight;
   if (split.on_weight.defined() && mask[0]) {
     std::vector<int64_t> per_filter(weight.dim(), 1);
@@ -103,53 +196,35 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
     scaled_weight = (weight * split.on_weight.view(per_filter)).to(weight.scalar_type());
   }
 
-  Tensor grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias;
-  Wanted wanted{through_conv, mask[5], mask[3] || mask[4], false};
-  CenteredError error;
-  if (through_conv && is_pointwise_backward(grad_output, input, weight, format, padding, groups)) {
-    PointwiseGrads grads = fused_pointwise_backward(grad_output, input, scaled_weight, format, stride, split.on_error,
-                                                    mean_scales, constant, saved, act, slope, mask[0], wants_weight,
-                                                    mask[5]);
-    grad_input = grads.grad_input;
-    grad_weight = grads.grad_weight;
-    error.sums = grads.sums;
-    error.grad_residual = grads.grad_residual;
+  const bool wants_sums = mask[3] || mask[4];
+  Gradients grads;
+  if (through_conv) {
+    const bool is_centred = mean_scales.defined() || constant != 0.0;
+    const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
+    const Backward b{grad_output, input, scaled_weight, format, stride, padding, dilation, groups, split.on_error,
+                     mean_scales, constant, saved, act, slope, mask[0], wants_weight, mask[5], wants_sums};
+    switch (choose(Pass::backward, c)) {
+      case Algorithm::product: grads = backward_of_product(b); break;
+      case Algorithm::two_passes: grads = backward_of_two_passes(b, is_unfolded_better(c)); break;
+    }
   } else {
-    // dz' is the library's to read and no one's to keep.
-    std::optional<Workspace> workspace;
-    if (through_conv) {
-      const Tensor shape = at::empty(grad_output.sizes(), grad_output.options().device(at::kMeta).memory_format(format));
-      workspace.emplace(shape.numel() * shape.element_size());
-      wanted.grad_input_memory =
-          at::from_blob(workspace->data(), shape.sizes(), shape.strides(), grad_output.options());
-    }
-    error = center_error(grad_output, {}, split.on_error, mean_scales, constant, saved, act, slope, format, wanted);
-    if (through_conv) {
-      const bool unfolds = wants_weight && is_unfolded_better(error.grad_input, input, weight, format, groups);
-      const std::vector<int64_t> no_output_padding(stride.size(), 0);
-      if (mask[0] || !unfolds) {
-        std::tie(grad_input, grad_weight, std::ignore) = at::convolution_backward(
-            error.grad_input, dense(input), scaled_weight.to(input.scalar_type()), std::nullopt, stride, padding, dilation,
-            false, no_output_padding, groups, {mask[0], wants_weight && !unfolds, false});
-      }
-      if (unfolds) {
-        grad_weight = unfolded_weight_grad(error.grad_input, input, weight, stride, padding, dilation);
-      } else if (wants_weight) {
-        grad_weight = grad_weight.to(weight.scalar_type());
-      }
-    }
+    const CenteredError error = center_error(grad_output, {}, split.on_error, mean_scales, constant, saved, act, slope,
+                                             format, {false, mask[5], wants_sums, false});
+    grads = {{}, {}, error.sums, error.grad_residual};
   }
-  if (mask[0]) grad_input = grad_input.contiguous(format_of(input));
+
+  Tensor grad_gain, grad_mean_scale, grad_bias;
+  if (mask[0]) grads.input = grads.input.contiguous(format_of(input));
   if (wants_weight) {
-    grad_weight = grad_weight.contiguous(format_of(weight));
-    grad_gain = finish_weight_grad(grad_weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
+    grads.weight = grads.weight.contiguous(format_of(weight));
+    grad_gain = finish_weight_grad(grads.weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
                                    mask[2]);
-    if (!mask[1]) grad_weight.reset();
+    if (!mask[1]) grads.weight.reset();
   }
-  if (mask[3] || mask[4]) {
-    reduce_samples(error.sums, map_mean, mask[3] ? &grad_mean_scale : nullptr, mask[4] ? &grad_bias : nullptr);
+  if (wants_sums) {
+    reduce_samples(grads.sums, map_mean, mask[3] ? &grad_mean_scale : nullptr, mask[4] ? &grad_bias : nullptr);
   }
-  return {grad_input, grad_weight, grad_gain, grad_mean_scale, grad_bias, error.grad_residual};
+  return {grads.input, grads.weight, grad_gain, grad_mean_scale, grad_bias, grads.residual};
 }
 
 TORCH_LIBRARY_IMPL(deepcontrol, CPU, m) {

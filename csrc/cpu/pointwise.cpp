@@ -10,32 +10,6 @@
 
 namespace deepcontrol::cpu {
 
-static bool has_product(at::ScalarType type, int64_t channels, int64_t filters) {
-  if (!kernels().pointwise_forward || channels == 1 || filters == 1) return false;
-  if (type == at::kFloat) return true;
-  // bfloat16 is multiplied in pairs of channels forward and of filters backward.
-  return type == at::kBFloat16 && kernels().pointwise_bf16 && channels % 2 == 0 && filters % 2 == 0;
-}
-
-// Every thread of a backward pass needs rows, and memory for a weight gradient of its own.
-static bool fills_threads(int64_t rows, const Tensor& weight) {
-  constexpr int64_t kLeastRows = 192, kMostPartialBytes = int64_t(1) << 27;
-  const int64_t threads = at::get_num_threads();
-  return rows >= threads * kLeastRows && threads * weight.numel() * int64_t(sizeof(float)) <= kMostPartialBytes;
-}
-
-bool is_pointwise(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef padding,
-                  int64_t groups) {
-  if (groups != 1 || pixels_of(weight) != 1) return false;
-  if (input.numel() == 0 || weight.numel() == 0) return false;
-  if (!std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v == 0; })) return false;
-  const int64_t channels = input.size(1);
-  if (format == at::MemoryFormat::Contiguous && pixels_of(input) > 1) return false;
-  return weight.size(1) == channels && has_product(input.scalar_type(), channels, weight.size(0));
-}
-
-bool is_mean_of_input_cheaper(const Tensor& weight) { return weight.size(1) <= weight.size(0); }
-
 // The pixels that the stride meets, as a view.
 static Tensor met_pixels(const Tensor& x, at::IntArrayRef stride) {
   Tensor met = x;
@@ -168,12 +142,6 @@ Convolved fused_pointwise(const Tensor& input, const Tensor& weight, at::MemoryF
   return result;
 }
 
-bool is_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
-                           at::IntArrayRef padding, int64_t groups) {
-  return is_pointwise(input, weight, format, padding, groups) &&
-         fills_threads(grad_output.size(0) * pixels_of(grad_output), weight);
-}
-
 PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                         at::MemoryFormat format, at::IntArrayRef stride, const Tensor& scale,
                                         const Tensor& mean_scale, double constant, const Tensor& saved,
@@ -231,16 +199,6 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
     result.grad_input = everywhere;
   }
   return result;
-}
-
-bool is_unfolded_better(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
-                        int64_t groups) {
-  constexpr int64_t kLeastWeights = int64_t(1) << 21, kMostUnfolded = int64_t(1) << 24;
-  if (input.dim() != 4 || groups != 1 || format == at::MemoryFormat::Contiguous || input.numel() == 0) return false;
-  const int64_t filters = weight.size(0), columns = weight.numel() / filters;
-  const int64_t rows = grad_output.size(0) * pixels_of(grad_output);
-  return weight.numel() >= kLeastWeights && rows * columns <= kMostUnfolded &&
-         has_product(input.scalar_type(), columns, filters) && fills_threads(rows, weight);
 }
 
 Tensor unfolded_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
