@@ -108,6 +108,11 @@ def mean(rows: Sequence[Row], peer: str, to: str | None = None) -> Interval:
     return bootstrap.geometric_mean([row.ratios(peer, to) for row in rows])
 
 
+def typical(rows: Sequence[Row], peer: str, to: str | None = None) -> float:
+    """The same without its interval."""
+    return geometric_mean(median(row.ratios(peer, to)) for row in rows)
+
+
 def _bars(
     panel: Axes, places: Sequence[float], found: Sequence[Interval], width: float, colour: str, peer: str
 ) -> None:
@@ -172,6 +177,7 @@ def roofline(run: Run) -> Figure:
     figure = _figure(3.7 * columns, 3.4 * lines + 0.8 + 0.15 * -(-len(cases) // 4))
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     peers = [peer for peer in ("conv", "ours") if any(peer in row.seconds for row in rows)]
+    placed: list[tuple[Axes, list[tuple[float, float, str]]]] = []
     for panel, (key, own) in zip(axes, panels.items()):
         _roof(panel, ceilings[key[3]], key[0], [row.operations / row.bytes for row in own])
         labels = []
@@ -187,7 +193,7 @@ def roofline(run: Run) -> Figure:
         panel.set_yscale("log")
         panel.set_ylim(0.7 * min(y for _, y, _ in labels), 1.6 * _peak(ceilings[key[3]], key[0]) / 1e9)
         _ticks(panel)
-        _place_labels(figure, panel, labels)
+        placed.append((panel, labels))
         panel.set_title(_words(key, panels), fontsize=10)
         panel.set_xlabel("operations / byte", fontsize=9)
         panel.grid(alpha=0.25)
@@ -200,6 +206,10 @@ def roofline(run: Run) -> Figure:
         numbered = [f"{i} {case}" for i, case in enumerate(cases, 1)]
         text = "\n".join("    ".join(numbered[at : at + 4]) for at in range(0, len(numbered), 4))
         figure.supxlabel(text, fontsize=7.5)
+    # Only now is known where in the figure the points are.
+    figure.draw_without_rendering()
+    for panel, labels in placed:
+        _place_labels(panel, labels, figure.dpi / 72)
     return figure
 
 
@@ -230,11 +240,9 @@ def _roof(panel: Axes, ceilings: Ceilings, dtype: str, intensities: Sequence[flo
     panel.text(ridge, peak * 1.06, f"{copy:.0f} GB/s", ha="center", fontsize=7.5)
 
 
-def _place_labels(figure: Figure, panel: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each text at the first place around its point that no point or earlier text has."""
-    figure.draw_without_rendering()
+def _place_labels(panel: Axes, points: Sequence[tuple[float, float, str]], pixels: float) -> None:
+    """Write each text at the first place around its point that no point or earlier text has, at ``pixels`` a point."""
     taken = [tuple(panel.transData.transform(point[:2])) for point in points]
-    pixels = figure.dpi / 72
     for (x, y, text), (left, low) in zip(points, list(taken)):
         if not text:
             continue
@@ -246,7 +254,7 @@ def _place_labels(figure: Figure, panel: Axes, points: Sequence[tuple[float, flo
         dx, dy = (free or offsets)[0]
         taken.append((left + dx * pixels, low + dy * pixels))
         style = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "va": "center"}
-        panel.annotate(text, (x, y), (dx, dy), **style)
+        panel.annotate(text, (x, y), (dx, dy), **style).set_in_layout(False)
 
 
 def scaling(run: Run) -> Figure:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from deepcontrol_cuda import files
 
-from .options import UsageError
+from .options import MissingError
 from .pictures import pictures
 from .reading import InputError, read
 from .rows import Run
@@ -47,9 +47,9 @@ def image(figure: Figure, suffix: str, identifier: str) -> bytes:
 
 
 def wanted() -> None:
-    """Raise ``UsageError`` where pictures cannot be drawn."""
+    """Raise ``MissingError`` where pictures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("pictures need matplotlib: pip install matplotlib")
+        raise MissingError("pictures need matplotlib: pip install matplotlib")
 
 
 HELP = "draw ratios, roofline, scaling, bandwidth and memory of files"

@@ -271,7 +271,7 @@ def _bandwidth(one: Found) -> Iterator[str]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in one.run.rows:
         if row.bytes and "ours" in row.seconds:
-            op = re.split(r"[,:(]", row.case)[0].strip()
+            op = row.case.rpartition(", ")[0]
             groups.setdefault((op, _place(row.setting, one.run)), []).append(row)
     lines = [["kernel", "dtype, layout, mode", "GB/s", "share of a copy, geometric mean"]]
     for key, rows in groups.items():

@@ -28,7 +28,7 @@ CONVOLUTIONS = {
     "depthwise": Shape(192, 192, 3, 28, groups=192),
 }
 OURS = "ours"
-LAYERS = ("conv_relu", "conv_bn_relu", OURS, *(f"{OURS}, {name}" for name in getattr(backends, "CPU_ALGORITHMS", ())))
+LAYERS = ("conv_relu", "conv_bn_relu", OURS, *(f"{OURS}, {name}" for name in backends.ALGORITHMS["cpu"]))
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -80,7 +80,7 @@ def blocks() -> Run:
 
 
 def bandwidth() -> Run:
-    kernels = ("center, 64 channels, 56x56", "center_backward, 64 channels, 56x56")
+    kernels = ("center, relu, 64x56x56", "center_backward, relu, 64x56x56")
     rows = []
     for kernel, dtype, layout in product(kernels, DTYPES, LAYOUTS):
         setting = Setting(dtype, layout, "forward", 8, 2)

@@ -10,10 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
 import bench_runs
+
 from bench import compare, page, pictures, plot, readme, rows
 from bench.__main__ import main
 from bench.rows import Verdict
@@ -22,11 +24,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FEW = {"conv_relu": 1.0, "conv_bn_relu": 1.2, "ours": 0.9}
 
 
-def few(factors=FEW, seed=0, day=1.0, **values):
-    """Layers of one dtype and layout, for speed."""
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    """One, since the tensors here are small and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def few(factors=FEW, seed=0, day=1.0, count=3, **values):
+    """The first layers of one dtype and layout, for speed."""
     run = bench_runs.layers(factors, seed, day, **values)
     chosen = [row for row in run.rows if (row.setting.dtype, row.setting.layout) == ("float32", "channels_last")]
-    return replace(run, rows=tuple(chosen), verdicts=())
+    cases = list(dict.fromkeys(row.case for row in chosen))[:count]
+    return replace(run, rows=tuple(row for row in chosen if row.case in cases), verdicts=())
 
 
 def write(folder: Path, name: str, run) -> str:
@@ -56,9 +68,9 @@ def test_a_change_of_ours_is_seen_in_ours_alone(factor, verdict):
 def test_noise_as_large_as_the_change_hides_it():
     before, after = few(), few({**FEW, "ours": 0.99}, seed=1)
     assert {c.verdict for c in compare.compare(before, after).changes if c.peer == "ours"} == {"slower"}
-    wild = [replace(row, seconds=bench_runs.seconds({**FEW, "ours": 0.99}, 1.0, row.case, 0.3)) for row in after.rows]
+    wild = [replace(row, seconds=bench_runs.seconds({**FEW, "ours": 0.99}, 1.0, row.case, 0.5)) for row in after.rows]
     found = compare.compare(before, replace(after, rows=tuple(wild)))
-    assert "slower" not in {c.verdict for c in found.changes if c.peer == "ours"}
+    assert {c.verdict for c in found.changes if c.peer == "ours"} == {"no difference"}
 
 
 def test_a_change_below_the_least_is_none():
@@ -130,7 +142,7 @@ def test_what_cannot_be_compared_or_read_is_refused(tmp_path, capsys):
 def test_without_matplotlib_pictures_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
-    assert main(["plot", write(tmp_path, "a", few()), "--output", str(tmp_path)]) == 2
+    assert main(["plot", write(tmp_path, "a", few()), "--output", str(tmp_path)]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -143,7 +155,7 @@ def test_each_command_has_its_pictures(command, names):
 
 
 def test_pictures_are_the_same_bytes_and_know_their_numbers(tmp_path):
-    run = replace(few(), complete=False)
+    run = replace(few(count=2), complete=False)
     path = write(tmp_path, "a", run)
     made = []
     for folder in ("first", "second"):
@@ -180,7 +192,7 @@ def test_points_lie_below_the_roof():
     (points,) = (c.get_offsets() for c in panel.collections if c.get_label() == "Deep Control")
     row = run.rows[0]
     median = sorted(row.seconds["ours"])[bench_runs.ROUNDS // 2]
-    assert points[0] == pytest.approx([row.operations / row.bytes, row.operations / median / 1e9])
+    assert list(points[0]) == pytest.approx([row.operations / row.bytes, row.operations / median / 1e9])
 
 
 def test_scaling_has_a_curve_for_each_axis():
@@ -229,7 +241,7 @@ def made(tmp_path_factory):
     write(results, "2026-02-01_cpu_x_layers", replace(few(), complete=False))
     write(results, "2026-02-02_cpu_x_layers", few(conditions={"quick": True}))
     (results / "2026-02-03_cpu_x_layers.json").write_text('{"command": "layers", "rows": []}')
-    (root / "README.md").write_text(f"# Above\n\n{readme.BEGIN}\n\nold\n\n{readme.END}\n\nBelow\n")
+    (root / "README.md").write_text(f"# Above\n\n{readme.BEGIN}\n\nfrom before\n\n{readme.END}\n\nBelow\n")
     assert main(["readme", "--results", str(results), "--root", str(root)]) == 0
     return root
 
@@ -238,7 +250,7 @@ def test_readme_is_made_of_the_newest_whole_runs(made):
     text = (made / "README.md").read_text()
     before, written, after = readme.parts(text)
     assert (before, after) == ("# Above\n\n", "\n\nBelow\n")
-    assert "old" not in written
+    assert "from before" not in written
     for command in bench_runs.ALL:
         assert f"(bench/results/2026-01-31_cpu_x_{command}.json)" in written
     assert "2026-02" not in written
