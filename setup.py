@@ -159,6 +159,7 @@ def extension(cuda: bool) -> Extension:
     # Plans are made without a GPU.
     patterns = [
         "csrc/*.cpp",
+        "csrc/autograd/*.cpp",
         "csrc/cpu/*.cpp",
         *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else ["csrc/cuda/*plan*.cpp"]),
     ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from deepcontrol_cuda import backends
+import torch
 
 from . import bootstrap, grid, kernels, options, record, report
 from .clock import Clock
@@ -63,10 +63,9 @@ def cases(setting: Setting, maps: Sequence[tuple[int, int]]) -> list[tuple[str, 
 
 
 def prepare(case: Case, clock: Clock) -> Prepared:
-    library = backends.ops["cpu" if clock.device == "cpu" else "cuda"]
     prepared = Prepared({}, bytes=case.bytes)
     try:
-        accuracy, contestants = kernels.contestants(case, library, clock)
+        accuracy, contestants = kernels.contestants(case, torch.ops.deepcontrol, clock)
     except WrongResultError as error:
         prepared.wrong["ours"] = str(error)
         return prepared

@@ -23,7 +23,7 @@ HELP = "time layers against their peers, call by call"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_machine(parser, several=True)
     options.add_grid(parser, layouts=None)
-    options.add_time(parser, 540, 75)
+    options.add_time(parser, 560, 60)
     parser.add_argument("--set", choices=SETS, default="resnet50", help="shapes (default: resnet50)")
     parser.add_argument("--batch", type=options.positive, default=8, help="default: 8")
     names = (*peers.PEERS, peers.ALGORITHMS)

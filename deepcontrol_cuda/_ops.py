@@ -129,6 +129,7 @@ class Ops(NamedTuple):
     conv_center: OpOverload
     conv_center_backward: OpOverload
     project_kernel_gradients_: OpOverload
+    namespace: str
 
 
 _bound: dict[str, Ops] = {}
@@ -139,7 +140,7 @@ def bind(namespace: str) -> Ops:
     if namespace not in _bound:
         _register_fakes(namespace)
         library = getattr(torch.ops, namespace)
-        _bound[namespace] = Ops(*(getattr(library, name).default for name in Ops._fields))
+        _bound[namespace] = Ops(*(getattr(library, name).default for name in Ops._fields[:-1]), namespace)
     return _bound[namespace]
 
 

@@ -77,6 +77,9 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
       }
       z = pointwise_product(input, weight, format, stride);
       break;
+    case Algorithm::winograd:
+      z = winograd_convolution(input, weight, padding);
+      break;
     case Algorithm::two_passes:
       z = library_convolution(input, weight, format, stride, padding, dilation, groups);
       break;
@@ -174,6 +177,13 @@ static Gradients backward_of_two_passes(const Backward& b, bool unfolds) {
   });
 }
 
+static Gradients backward_of_winograd(const Backward& b) {
+  return backward_around(b, [&](const Tensor& error, Gradients& grads) {
+    if (b.wants_input) grads.input = winograd_input_grad(error, b.weight, b.input.sizes(), b.padding);
+    if (b.wants_weight) grads.weight = winograd_weight_grad(error, b.input, b.weight, b.padding);
+  });
+}
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const OptionalTensor& gain,
     const OptionalTensor& mean_scale, double constant, const Tensor& map_mean, const Tensor& saved,
@@ -205,6 +215,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
                      mean_scales, constant, saved, act, slope, mask[0], wants_weight, mask[5], wants_sums};
     switch (choose(Pass::backward, c)) {
       case Algorithm::product: grads = backward_of_product(b); break;
+      case Algorithm::winograd: grads = backward_of_winograd(b); break;
       case Algorithm::two_passes: grads = backward_of_two_passes(b, is_unfolded_better(c)); break;
     }
   } else {

@@ -43,11 +43,25 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
   return pass == Pass::backward ? why_no_product_backward(c) : nullptr;
 }
 
+const char* why_not_winograd(const ConvCase& c) {
+  const Windows& w = c.windows;
+  if (!kernels().winograd.forward) return "the instruction set has no fast matrix product";
+  if (c.dtype != Dtype::f32) return "it convolves float32";
+  if (c.rank != 2 || w.kernel[1] != 3 || w.kernel[2] != 3) return "the kernel is not 3 x 3";
+  if (w.stride[1] != 1 || w.stride[2] != 1) return "the stride is not one";
+  if (w.dilation[1] != 1 || w.dilation[2] != 1) return "the kernel is dilated";
+  if (w.padding[1] > 2 || w.padding[2] > 2) return "the padding is larger than two";
+  if (c.groups != 1) return "the channels are in groups";
+  if (c.is_empty()) return "there is nothing to compute";
+  return c.channels_last ? nullptr : "the maps are not in channels_last";
+}
+
 }  // namespace
 
 const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::product: return "product";
+    case Algorithm::winograd: return "winograd";
     case Algorithm::two_passes: break;
   }
   return "two passes";
@@ -65,14 +79,16 @@ Algorithm parse_algorithm(std::string_view name) {
 const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
     case Algorithm::product: return why_not_product(pass, c);
+    case Algorithm::winograd: return why_not_winograd(c);
     case Algorithm::two_passes: break;
   }
   return nullptr;
 }
 
-bool is_faster(Algorithm algorithm, Pass, const ConvCase&) {
+bool is_faster(Algorithm algorithm, Pass, const ConvCase& c) {
   switch (algorithm) {
     case Algorithm::product: return true;
+    case Algorithm::winograd: return c.channels >= 32 && c.filters >= 32;
     case Algorithm::two_passes: break;
   }
   return true;

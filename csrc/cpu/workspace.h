@@ -10,21 +10,25 @@
 
 namespace deepcontrol::cpu {
 
-// One buffer a process is kept, the largest asked for yet up to kMost. Needs above that, and calls at the same time from other
-// threads, allocate as usual.
+// Two buffers a process are kept, as a backward pass that uses one calls what uses another: the largest asked for yet up to
+// kMost. Needs above that, and calls at the same time from other threads, allocate as usual.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
     if (bytes <= kMost) {
       std::lock_guard lock(mutex());
-      std::swap(memory_, kept());
+      auto& [small, large] = kept();
+      std::swap(memory_, small.defined() && small.numel() >= bytes ? small : large);
     }
     if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
   }
   ~Workspace() {
     if (memory_.numel() > kMost) return;
     std::lock_guard lock(mutex());
-    if (!kept().defined() || kept().numel() < memory_.numel()) std::swap(memory_, kept());
+    auto& [small, large] = kept();
+    auto size = [](const at::Tensor& buffer) { return buffer.defined() ? buffer.numel() : 0; };
+    if (size(memory_) > size(large)) std::swap(memory_, large);
+    if (size(memory_) > size(small)) std::swap(memory_, small);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -38,8 +42,8 @@ class Workspace {
     static auto* mutex = new std::mutex;
     return *mutex;
   }
-  static at::Tensor& kept() {
-    static auto* kept = new at::Tensor;
+  static std::pair<at::Tensor, at::Tensor>& kept() {
+    static auto* kept = new std::pair<at::Tensor, at::Tensor>;
     return *kept;
   }
   at::Tensor memory_;
