@@ -167,7 +167,7 @@ def _targets(run: Run) -> Iterator[str]:
     missed = [verdict for verdict in judged if not verdict.reached]
     if judged:
         rest = "; missed:" if missed else "."
-        yield f"Of {len(judged)} targets {len(judged) - len(missed)} are reached{rest}"
+        yield f"Targets reached: {len(judged) - len(missed)} of {len(judged)}{rest}"
     if missed:
         yield verdicts_table(missed)
 

@@ -114,6 +114,14 @@ def test_fail_on_slower_is_an_exit_status(tmp_path):
     assert main(["compare", fast, slow]) == 0
     assert main(["compare", fast, slow, "--fail-on-slower"]) == 1
     assert main(["compare", slow, fast, "--fail-on-slower"]) == 0
+    one = few()
+    row = replace(one.rows[0], seconds=bench_runs.seconds({**FEW, "ours": 0.99}, 1.0, "one"))
+    many = [replace(row, case=f"{row.case}, {i}") for i in range(8)]
+    fast = write(tmp_path, "many", replace(one, rows=tuple(many)))
+    slower = replace(many[0], seconds=bench_runs.seconds({**FEW, "ours": 1.09}, 1.0, "other"))
+    slow = write(tmp_path, "one of many", replace(one, rows=(slower, *many[1:])))
+    assert main(["compare", fast, slow, "--fail-on-slower"]) == 0
+    assert main(["compare", fast, slow, "--fail-on-slower", "row"]) == 1
 
 
 def test_what_cannot_be_compared_or_read_is_refused(tmp_path, capsys):
