@@ -67,12 +67,9 @@ def prepare(block: Network, setting: Setting, names: Sequence[str], device: str)
 
     prepared = Prepared({}, **of_network(copy.deepcopy(network), x, setting)._asdict())
     for name in names:
-        if name in ("ours", peers.ALGORITHMS):
-            continue
-        if reason := peers.why_not(name, setting, device):
-            prepared.skipped[name] = reason
-        else:
-            prepared.contestants[name] = Contestant(step(name))
+        if name not in ("ours", peers.ALGORITHMS):
+            reason = peers.why_not(name, setting, device)
+            prepared.add(name, reason, lambda name=name: Contestant(step(name)))
     ours = ["ours", *(peers.ways(device) if peers.ALGORITHMS in names else ())]
     step_of_ours = step("ours")
     _scatter(step_of_ours.layer)

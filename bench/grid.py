@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, product
 
 import torch
@@ -39,17 +39,19 @@ def run(
     end = time.perf_counter() + asked.seconds(options)
     done = 0
     with recording, tqdm(total=len(cells), unit="row", dynamic_ncols=True) as bar:
+        refresh = _seldom(bar.refresh)
         for threads, some in groupby(cells, lambda cell: cell.setting.threads):
             torch.set_num_threads(threads)
-            bar.set_description(f"ceilings, {threads} threads")
+            bar.set_description("ceilings")
             recording.ceilings.append(roofline.measure(options.device))
             for setting, group in groupby(some, lambda cell: cell.setting):
                 timed = []
                 for cell in group:
                     bar.set_description(f"{setting}: {cell.case}")
                     share = (end - time.perf_counter()) / (len(cells) - done)
-                    box = Box.exactly(options.rounds) if options.rounds else Box(share, 3 if options.quick else 5)
-                    row, prepared = runner.measure(cell, clock, box, bar.refresh)
+                    least = [3 * rounds // 5 if options.quick else rounds for rounds in cell.least]
+                    box = Box.exactly(options.rounds) if options.rounds else Box(share, *least)
+                    row, prepared = runner.measure(cell, clock, box, refresh)
                     done += 1
                     bar.update()
                     _tell(recording, cell, prepared, tqdm)
@@ -59,6 +61,19 @@ def run(
                 if timed:
                     tqdm.write(f"\n{setting}\n\n{report.rows_table(timed)}\n", file=sys.stdout)
     return 1 if recording.wrong else 0
+
+
+def _seldom(call: Callable[[], object]) -> Callable[[], None]:
+    """``call`` at most once a second, so that drawing takes nothing from short rounds."""
+    last = 0.0
+
+    def run() -> None:
+        nonlocal last
+        if time.perf_counter() - last > 1:
+            call()
+            last = time.perf_counter()
+
+    return run
 
 
 def _tell(recording: Recording, cell: Cell, prepared: runner.Prepared, tqdm) -> None:

@@ -23,7 +23,7 @@ HELP = "time layers against their peers, call by call"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_machine(parser, several=True)
     options.add_grid(parser, layouts=None)
-    options.add_time(parser, 560, 60)
+    options.add_time(parser, 560, 90)
     parser.add_argument("--set", choices=SETS, default="resnet50", help="shapes (default: resnet50)")
     parser.add_argument("--batch", type=options.positive, default=8, help="default: 8")
     names = (*peers.PEERS, peers.ALGORITHMS)
@@ -77,12 +77,9 @@ def prepare(shape: Shape, setting: Setting, names: Sequence[str], device: str, c
 
     prepared = Prepared({}, bytes=of_layer(shape, setting).bytes, operations=of_layer(shape, setting).operations)
     for name in names:
-        if name in ("ours", peers.ALGORITHMS):
-            continue
-        if reason := peers.why_not(name, setting, device):
-            prepared.skipped[name] = reason
-        else:
-            prepared.contestants[name] = Contestant(step(name), calls=calls)
+        if name not in ("ours", peers.ALGORITHMS):
+            reason = peers.why_not(name, setting, device)
+            prepared.add(name, reason, lambda name=name: Contestant(step(name), calls=calls))
     ours = ["ours", *(peers.ways(device) if peers.ALGORITHMS in names else ())]
     runner.ours_by(step("ours"), ours, device, f"{shape}, {setting}", prepared, calls)
     return prepared

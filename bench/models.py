@@ -46,7 +46,7 @@ def run(asked: argparse.Namespace) -> int:
     size, depth = asked.size or (96 if asked.quick else 224), asked.depth or (16 if asked.quick else 32)
     built = [network for network in networks.models(size, depth) if network.name in asked.models]
     cells = [
-        Cell(str(model), setting, partial(prepare, model, setting, names, asked.device), MAIN[0], MAIN)
+        Cell(str(model), setting, partial(prepare, model, setting, names, asked.device), MAIN[0], MAIN, least=(4, 8))
         for setting in grid.settings(asked, asked.batch)
         for model in built
     ]
@@ -63,10 +63,17 @@ def prepare(model: Network, setting: Setting, names: Sequence[str], device: str)
     network = model.build().to(device, memory_format=format)
     x = model.random_input(setting.batch).to(device, memory_format=format)
     prepared = Prepared({}, operations=of_network(copy.deepcopy(network), x, setting).operations)
+
+    def contestant(name: str) -> Contestant:
+        converted = peers.convert(name, network)
+        if setting.mode == "forward":
+            return Contestant(InferenceStep(converted, x, autocast))
+        step = TrainingStep(converted.train(), x, autocast)
+        if name != COMPILED:
+            prepared.peak_bytes[name] = memory.peak(step, device)
+        return Contestant(step)
+
     for name in names:
-        if reason := _why_not(model, name, setting, device):
-            prepared.skipped[name] = reason
-            continue
         if name in _METHODS:
             error = error_of(model, _METHODS[name])
             if not error <= TOLERANCE:
@@ -76,14 +83,7 @@ def prepare(model: Network, setting: Setting, names: Sequence[str], device: str)
                 )
                 continue
             prepared.accuracies[name] = {"output of the folded model, float32": Accuracy(error, TOLERANCE)}
-        converted = peers.convert(name, network)
-        if setting.mode == "forward":
-            prepared.contestants[name] = Contestant(InferenceStep(converted, x, autocast))
-            continue
-        step = TrainingStep(converted.train(), x, autocast)
-        prepared.contestants[name] = Contestant(step)
-        if name != COMPILED:
-            prepared.peak_bytes[name] = memory.peak(step, device)
+        prepared.add(name, _why_not(model, name, setting, device), partial(contestant, name))
     return prepared
 
 

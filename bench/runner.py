@@ -79,6 +79,16 @@ class Prepared:
     operations: int | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
+    def add(self, name: str, reason: str | None, make: Callable[[], Contestant]) -> None:
+        """A peer, unless there is a reason against it or its making gives one."""
+        if reason is None:
+            try:
+                self.contestants[name] = make()
+            except Exception as error:  # what fails in one peer, for whatever reason, does not stop the others
+                reason = _words(error)
+        if reason is not None:
+            self.skipped[name] = reason
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -90,6 +100,8 @@ class Cell:
     baseline: str = "conv_relu"
     main: Sequence[str] = peers.MAIN
     """The peers whose ratios decide how many rounds there are."""
+    least: tuple[int, int] = (5, 15)
+    """Rounds of all peers, and of those."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +109,23 @@ class Box:
     """How long a row is timed.
 
     Attributes:
-        seconds: no round is started after this, but for the ``least``.
+        seconds: no round is started after this, but for the least.
+        least: of all peers.
+        least_main: of the verdicts' peers.
         width: of the widest interval of a ratio, relative, at which it is enough.
         share: of the time for rounds of all peers; in the rest only those of the verdicts go on.
     """
 
     seconds: float
     least: int = 5
+    least_main: int = 15
     most: int = 100
     width: float = 0.01
     share: float = 0.6
 
     @classmethod
     def exactly(cls, rounds: int) -> Box:
-        return cls(float("inf"), rounds, rounds, 0.0, 1.0)
+        return cls(float("inf"), rounds, rounds, rounds, 0.0, 1.0)
 
 
 def clock_of(device: str) -> Clock:
@@ -135,15 +150,15 @@ def race(
             failed[name] = _words(error)
             seconds.pop(name, None)
 
+    start = time.perf_counter()
     for name, contestant in contestants.items():
         seconds[name] = []
         attempt(name, lambda contestant=contestant: contestant.prepare(clock))
     shuffle = random.Random(0).shuffle
-    start = time.perf_counter()
     done = 0
     while done < box.most and seconds:
         elapsed = time.perf_counter() - start
-        if done >= box.least and (elapsed >= box.seconds or (done % 5 == 0 and _known(seconds, main, box.width))):
+        if done >= box.least_main and (elapsed >= box.seconds or (done % 5 == 0 and _known(seconds, main, box.width))):
             break
         everybody = done < box.least or elapsed < box.share * box.seconds
         turns = [name for name in seconds if everybody or name in main]

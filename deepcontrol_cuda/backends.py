@@ -169,6 +169,7 @@ ALGORITHMS = {
     },
     "cpu": {
         "product": "a matrix product with the centring on its way",
+        "winograd": "a convolution of transformed tiles (Winograd) and then center",
         "two passes": "two passes, oneDNN's convolution and then center",
     },
 }

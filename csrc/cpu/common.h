@@ -77,11 +77,13 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
 Tensor unfolded_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
                             at::IntArrayRef padding, at::IntArrayRef dilation);
 
-// The convolution by 3 x 3 taps at stride one and its gradients after Winograd, float32, channels_last.
-Tensor winograd_convolution(const Tensor& input, const Tensor& weight, at::IntArrayRef padding);
+// The convolution by 3 x 3 taps at stride one and its gradients after Winograd, float32 and bfloat16. `format` is that of the
+// maps; the weight's gradient is in the dtype and format of the weight.
+Tensor winograd_convolution(const Tensor& input, const Tensor& weight, at::MemoryFormat format, at::IntArrayRef padding);
 Tensor winograd_input_grad(const Tensor& grad_output, const Tensor& weight, at::IntArrayRef input_sizes,
-                           at::IntArrayRef padding);
-Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef padding);
+                           at::MemoryFormat format, at::IntArrayRef padding);
+Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
+                            at::IntArrayRef padding);
 
 struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;

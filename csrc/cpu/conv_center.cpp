@@ -78,7 +78,7 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
       z = pointwise_product(input, weight, format, stride);
       break;
     case Algorithm::winograd:
-      z = winograd_convolution(input, weight, padding);
+      z = winograd_convolution(input, weight, format, padding);
       break;
     case Algorithm::two_passes:
       z = library_convolution(input, weight, format, stride, padding, dilation, groups);
@@ -179,8 +179,8 @@ static Gradients backward_of_two_passes(const Backward& b, bool unfolds) {
 
 static Gradients backward_of_winograd(const Backward& b) {
   return backward_around(b, [&](const Tensor& error, Gradients& grads) {
-    if (b.wants_input) grads.input = winograd_input_grad(error, b.weight, b.input.sizes(), b.padding);
-    if (b.wants_weight) grads.weight = winograd_weight_grad(error, b.input, b.weight, b.padding);
+    if (b.wants_input) grads.input = winograd_input_grad(error, b.weight, b.input.sizes(), b.format, b.padding);
+    if (b.wants_weight) grads.weight = winograd_weight_grad(error, b.input, b.weight, b.format, b.padding);
   });
 }
 

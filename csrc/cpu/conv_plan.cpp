@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "winograd.h"
 
 namespace deepcontrol::cpu {
 namespace {
@@ -45,15 +46,15 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
 
 const char* why_not_winograd(const ConvCase& c) {
   const Windows& w = c.windows;
-  if (!kernels().winograd.forward) return "the instruction set has no fast matrix product";
-  if (c.dtype != Dtype::f32) return "it convolves float32";
+  if (!winograd_kernels()) return "the instruction set has no fast matrix product";
+  if (c.dtype != Dtype::f32 && c.dtype != Dtype::bf16) return "it convolves float32 and bfloat16";
   if (c.rank != 2 || w.kernel[1] != 3 || w.kernel[2] != 3) return "the kernel is not 3 x 3";
   if (w.stride[1] != 1 || w.stride[2] != 1) return "the stride is not one";
   if (w.dilation[1] != 1 || w.dilation[2] != 1) return "the kernel is dilated";
   if (w.padding[1] > 2 || w.padding[2] > 2) return "the padding is larger than two";
   if (c.groups != 1) return "the channels are in groups";
   if (c.is_empty()) return "there is nothing to compute";
-  return c.channels_last ? nullptr : "the maps are not in channels_last";
+  return nullptr;
 }
 
 }  // namespace

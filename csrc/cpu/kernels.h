@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "../types.h"
-#include "winograd.h"
 
 namespace deepcontrol::cpu {
 
@@ -181,7 +180,6 @@ struct Kernels {
   void (*pointwise_backward)(const PointwiseBackward&, int64_t begin, int64_t end);
   void (*add_partials)(const AddPartials&, int64_t begin, int64_t end);
   bool pointwise_bf16;
-  WinogradKernels winograd;
 };
 
 // Channels of a task never exceed this, so that the vectors of one task lie on the stack.

@@ -17,12 +17,10 @@ namespace deepcontrol::cpu::avx512 {
 
 #include "pointwise_impl.h"
 
-#include "winograd_impl.h"
-
 extern const Kernels table;
 const Kernels table{"avx512", center_forward, center_backward, window_mean, finish_weight_grad,
                     pointwise_forward, pack_weight, pointwise_mean, pointwise_backward, add_partials,
-                    false, {winograd_weights, winograd_forward, winograd_weight_grad, winograd_weight_grad_finish}};
+                    false};
 }  // namespace deepcontrol::cpu::avx512
 
 #if defined(__clang__)

@@ -1,8 +1,19 @@
-// Winograd's convolution, included after pointwise_impl.h, whose product it uses: transforms of the input, of the weight and
-// of the products, all in float32 whatever the storage type.
+// Winograd's convolution, included by each winograd_<instruction set>.cpp inside a namespace and a target of its own after
+// winograd_product.h: transforms of the input, of the weight and of the products, all in float32 whatever the storage type.
 //
 // Operations of a tile of 4 x 2 outputs: 24 products of (channels) x (filters) where the taps take 72, and by channel
 // about 80 additions for the transform of the input and by filter about 64 for that of the products.
+
+constexpr int64_t kPanel = WinogradWeights::kPanel;
+
+template <class T>
+DC_INLINE T* offset(void* base, int64_t elements) {
+  return static_cast<T*>(base) + elements;
+}
+template <class T>
+DC_INLINE const T* offset(const void* base, int64_t elements) {
+  return static_cast<const T*>(base) + elements;
+}
 
 // The one-dimensional algorithm F(outputs, 3) by its interpolation points and infinity: out = output(weight(taps) *
 // input(values)), element by element. `error` and `gradient` are the transposes of `output` and `weight`.
@@ -193,7 +204,7 @@ DC_INLINE void prefetch_tile(const WinogradMaps& p, const void* maps, int64_t he
   }
 }
 
-// The inputs of the tiles first..first + count as (points, count, channels).
+// The inputs of the tiles first..first + count as (points, panels, count, channels).
 template <class Tile, class T>
 void winograd_inputs(const WinogradMaps& p, const void* input, const WinogradRows& to, int64_t first, int64_t count,
                      const T* zeros, float* transformed) {
@@ -205,18 +216,19 @@ void winograd_inputs(const WinogradMaps& p, const void* input, const WinogradRow
     transform_pixels<Tile::rows, Tile::columns>(
         map, p.height, p.width, p.channels, p.channels, place.y - p.padding[0], place.x - p.padding[1], zeros,
         [&](int64_t c, auto&& get) DC_LAMBDA {
+          float* at = row + to.offset(c);
           Tile::input(get, [&](int i, int j, const f32v& v) DC_LAMBDA {
-            store(row + (i * Tile::columns + j) * to.point() + c, v, Whole{});
+            store(at + (i * Tile::columns + j) * to.point(), v, Whole{});
           });
         });
   }
 }
 
-// The errors of `filters` filters in the tiles first..first + count as (points, count, filters).
+// The errors of `filters` filters in the tiles first..first + count as (points, panels, count, filters).
 template <class Tile, class T>
 void winograd_errors(const WinogradWeightGrad& p, int64_t first_filter, int64_t filters, int64_t first, int64_t count,
                      const T* zeros, float* transformed) {
-  const WinogradRows to = p.errors();
+  const WinogradRows to = p.error_rows();
   for (int64_t t = 0; t < count; ++t) {
     const TilePlace place(p, first + t);
     prefetch_tile<Tile, T>(p, offset<T>(p.error, first_filter), p.out_height, p.out_width, p.filters, filters, first + t);
@@ -224,28 +236,40 @@ void winograd_errors(const WinogradWeightGrad& p, int64_t first_filter, int64_t 
     const T* map = offset<T>(p.error, place.sample * p.out_height * p.out_width * p.filters + first_filter);
     transform_pixels<Tile::down, Tile::across>(
         map, p.out_height, p.out_width, filters, p.filters, place.y, place.x, zeros, [&](int64_t o, auto&& get) DC_LAMBDA {
+          float* at = row + to.offset(o);
           Tile::error(get, [&](int i, int j, const f32v& v) DC_LAMBDA {
-            store(row + (i * Tile::columns + j) * to.point() + o, v, Whole{});
+            store(at + (i * Tile::columns + j) * to.point(), v, Whole{});
           });
         });
   }
 }
 
-// products(point, tile, 0..kPanel) = sum over channels of inputs(point, tile, channel) * weight(point, channel, 0..kPanel).
-static void winograd_products(int64_t points, int64_t tiles, int64_t channels, const float* inputs,
-                              const WinogradRows& input, const float* weight, float* products,
-                              const WinogradRows& product) {
-  for (int64_t point = 0; point < points; ++point) {
+// Rows of `to`, `row` apart, = or += the sums.
+template <int rows, int vectors>
+DC_INLINE void add_to(float* to, int64_t row, const f32v (&sums)[rows][vectors], bool add) {
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      float* at = to + r * row + v * DC_LANES;
+      store(at, add ? load(at, Whole{}) + sums[r][v] : sums[r][v], Whole{});
+    }
+  }
+}
+
+// products(point, tile, 0..kPanel) = or += sum over at most kChannels channels of inputs(point, tile, channel) *
+// weight(point, channel, 0..kPanel), the weight's points `weight_point` apart.
+static void winograd_products(const WinogradForward& p, int64_t tiles, int64_t channels, const float* inputs,
+                              const float* weight, int64_t weight_point, bool add, float* products) {
+  const WinogradRows input = p.input_rows(), product = p.product_rows();
+  for (int64_t point = 0; point < p.tile.points(); ++point) {
     for (int64_t o = 0; o < kPanel; o += kFiltersAtOnce) {
-      const float* right = weight + point * channels * kPanel + o;
+      const float* right = weight + point * weight_point + o;
       each_rows(0, tiles, [&](auto rows, int64_t t) DC_LAMBDA {
         f32v sums[rows.value][kVectorsAtOnce] = {};
-        accumulate_in_parts<float>(sums, channels, inputs + point * input.point() + t * input.row, input.row, right,
-                                   kPanel);
+        accumulate(sums, channels, inputs + point * input.point() + t * input.row, input.row, 1, right, kPanel);
         float* to = products + point * product.point() + t * product.row + o;
-        for (int r = 0; r < rows.value; ++r) {
-          for (int v = 0; v < kVectorsAtOnce; ++v) store(to + r * product.row + v * DC_LANES, sums[r][v], Whole{});
-        }
+        add_to(to, product.row, sums, add);
       });
     }
   }
@@ -254,7 +278,7 @@ static void winograd_products(int64_t points, int64_t tiles, int64_t channels, c
 // The outputs first_filter..first_filter + kPanel of the tiles first..first + count.
 template <class Tile, class T>
 void winograd_outputs(const WinogradForward& p, int64_t first, int64_t count, int64_t first_filter, const float* products) {
-  const WinogradRows from = p.products();
+  const WinogradRows from = p.product_rows();
   const int64_t filters = std::min(kPanel, p.filters - first_filter);
   for (int64_t t = 0; t < count; ++t) {
     const TilePlace place(p, first + t);
@@ -281,26 +305,8 @@ DC_INLINE void each_block(int64_t all, int64_t share, int64_t shares, int64_t mo
   }
 }
 
-template <class Tile, class T>
-void winograd_forward_slot(const WinogradForward& p, int64_t slot) {
-  float* inputs = p.scratch + slot * p.scratch_elements();
-  float* products = inputs + Tile::points * p.inputs().point();
-  const std::vector<T> zeros(p.channels);
-  each_block(p.tiles(), slot, p.slots, p.block, [&](int64_t first, int64_t count) {
-    winograd_inputs<Tile, T>(p, p.input, p.inputs(), first, count, zeros.data(), inputs);
-    for (int64_t o = 0; o < p.filters; o += kPanel) {
-      winograd_products(Tile::points, count, p.channels, inputs, p.inputs(), p.weight + o * p.channels * Tile::points,
-                        products, p.products());
-      winograd_outputs<Tile, T>(p, first, count, o, products);
-    }
-  });
-}
-
-// lanes x lanes elements, `rows` and `columns` of which exist: rows become columns, as floats.
-static void transpose_lanes(const float* from, int64_t stride, int rows, int columns, float* to, int64_t to_stride) {
-  f32v a[DC_LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < DC_LANES; ++i) a[i] = i < rows ? load(from + i * stride, Part{columns}) : f32v{};
+// Rows of lanes x lanes elements become columns.
+DC_INLINE void transpose(f32v (&a)[DC_LANES]) {
 #if defined(DC_AVX512)
   __m512i b[16], c[16];
 #pragma GCC unroll 16
@@ -326,24 +332,44 @@ static void transpose_lanes(const float* from, int64_t stride, int rows, int col
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(c[i], c[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(c[i], c[i + 8], 0xdd));
+    a[i] = reinterpret<f32v>(_mm512_shuffle_i32x4(c[i], c[i + 8], 0x88));
+    a[i + 8] = reinterpret<f32v>(_mm512_shuffle_i32x4(c[i], c[i + 8], 0xdd));
   }
 #else
   for (int i = 0; i < DC_LANES; ++i) {
-    for (int j = 0; j < DC_LANES; ++j) to[j * to_stride + i] = a[i][j];
+    for (int j = 0; j < i; ++j) {
+      const float other = a[i][j];
+      a[i][j] = a[j][i];
+      a[j][i] = other;
+    }
   }
 #endif
+}
+
+// `rows` x `columns` elements, at most lanes of each, to columns x rows; vectors of `wide` elements are written, zeros behind
+// the rows.
+template <class From, class To>
+void transpose_block(const From* from, int64_t stride, int rows, int columns, To* to, int64_t to_stride, int wide) {
+  f32v a[DC_LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < DC_LANES; ++i) a[i] = i < rows ? load(from + i * stride, Part{columns}) : f32v{};
+  transpose(a);
+#pragma GCC unroll 16
+  for (int i = 0; i < DC_LANES; ++i) {
+    if (i < columns) store(to + i * to_stride, a[i], Part{wide});
+  }
 }
 
 constexpr int64_t kTaps = 9;
 
 // The taps of `filters` filters, at most lanes, for `channels` channels as (channels, taps, lanes).
-static void winograd_taps(const WinogradWeights& p, int64_t filter, int filters, int64_t channel, int64_t channels, float* taps) {
-  const float* weight = p.weight + filter * p.filter_stride + channel * p.channel_stride;
-  auto transpose = [&](const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+template <class W>
+void winograd_taps(const WinogradWeights& p, int64_t filter, int filters, int64_t channel, int64_t channels, float* taps) {
+  const W* weight = static_cast<const W*>(p.weight) + filter * p.filter_stride + channel * p.channel_stride;
+  auto transposed = [&](const W* from, int64_t stride, int64_t columns, float* to, int64_t to_stride) {
     for (int64_t i = 0; i < columns; i += DC_LANES) {
-      transpose_lanes(from + i, stride, int(rows), int(std::min<int64_t>(columns - i, DC_LANES)), to + i * to_stride, to_stride);
+      const int count = int(std::min<int64_t>(columns - i, DC_LANES));
+      transpose_block(from + i, stride, filters, count, to + i * to_stride, to_stride, DC_LANES);
     }
   };
   if (p.filter_stride == 1) {
@@ -354,29 +380,28 @@ static void winograd_taps(const WinogradWeights& p, int64_t filter, int filters,
     }
   } else if (p.channel_stride == 1) {
     for (int64_t tap = 0; tap < kTaps; ++tap) {
-      transpose(weight + tap * p.tap_stride, p.filter_stride, filters, channels, taps + tap * DC_LANES, kTaps * DC_LANES);
+      transposed(weight + tap * p.tap_stride, p.filter_stride, channels, taps + tap * DC_LANES, kTaps * DC_LANES);
     }
   } else if (p.channel_stride == kTaps) {
-    transpose(weight, p.filter_stride, filters, channels * kTaps, taps, DC_LANES);
+    transposed(weight, p.filter_stride, channels * kTaps, taps, DC_LANES);
   } else {
     for (int64_t c = 0; c < channels; ++c) {
-      transpose(weight + c * p.channel_stride, p.filter_stride, filters, kTaps, taps + c * kTaps * DC_LANES, DC_LANES);
+      transposed(weight + c * p.channel_stride, p.filter_stride, kTaps, taps + c * kTaps * DC_LANES, DC_LANES);
     }
   }
 }
 
-template <class Tile>
+template <class Tile, class W>
 void winograd_weights_task(const WinogradWeights& p, int64_t task) {
   constexpr int64_t kChannels = WinogradWeights::kChannels;
-  // A transposition of the last taps writes whole vectors for columns that are not there.
-  alignas(64) float taps[((kChannels + 1) * kTaps + DC_LANES * kTaps) * DC_LANES];
+  alignas(64) float taps[kChannels * kTaps * DC_LANES];
   const int64_t panel = task / p.channel_blocks(), channel = task % p.channel_blocks() * kChannels;
   const int64_t channels = std::min(kChannels, p.channels - channel);
   const int64_t point = p.channels * kPanel;
   float* transformed = p.transformed + panel * Tile::points * point + channel * kPanel;
   for (int64_t o = 0; o < kPanel; o += DC_LANES) {
     const int64_t filters = std::clamp<int64_t>(p.filters - panel * kPanel - o, 0, DC_LANES);
-    if (filters) winograd_taps(p, panel * kPanel + o, int(filters), channel, channels, taps);
+    if (filters) winograd_taps<W>(p, panel * kPanel + o, int(filters), channel, channels, taps);
     for (int64_t c = 0; c < channels; ++c) {
       float* to = transformed + c * kPanel + o;
       if (!filters) {
@@ -393,26 +418,55 @@ void winograd_weights_task(const WinogradWeights& p, int64_t task) {
   }
 }
 
-// sums(point, o, c) = or += sum over tiles of errors(point, tile, o) * inputs(point, tile, c), o and c from first to last.
+template <class Tile, class T>
+void winograd_forward_tiles(const WinogradForward& p, int64_t slot, float* inputs) {
+  float* products = inputs + p.input_elements();
+  const std::vector<T> zeros(p.channels);
+  const int64_t point = p.channels * kPanel;
+  each_block(p.tiles(), slot, p.slots, p.block, [&](int64_t first, int64_t count) {
+    winograd_inputs<Tile, T>(p, p.input, p.input_rows(), first, count, zeros.data(), inputs);
+    for (int64_t o = 0; o < p.filters; o += kPanel) {
+      const float* weight = p.weight.transformed + o * p.channels * Tile::points;
+      for (int64_t c = 0; c < p.channels; c += WinogradForward::kChannels) {
+        const int64_t channels = std::min(WinogradForward::kChannels, p.channels - c);
+        winograd_products(p, count, channels, inputs + c, weight + c * kPanel, point, c > 0, products);
+      }
+      winograd_outputs<Tile, T>(p, first, count, o, products);
+    }
+  });
+}
+
+template <class Tile, class T>
+void winograd_forward_panels(const WinogradForward& p, int64_t slot, float* weight) {
+  float* products = weight + Tile::points * WinogradForward::kChannels * kPanel;
+  const int64_t panels = p.weight.panels();
+  for (int64_t panel = panels * slot / p.slots; panel < panels * (slot + 1) / p.slots; ++panel) {
+    for (int64_t c = 0; c < p.channels; c += WinogradForward::kChannels) {
+      WinogradWeights part = p.weight;
+      part.weight = static_cast<const T*>(p.weight.weight) + panel * kPanel * part.filter_stride + c * part.channel_stride;
+      part.filters = std::min(kPanel, p.filters - panel * kPanel);
+      part.channels = std::min(WinogradForward::kChannels, p.channels - c);
+      part.transformed = weight;
+      for (int64_t task = 0; task < part.tasks(); ++task) winograd_weights_task<Tile, T>(part, task);
+      winograd_products(p, p.tiles(), part.channels, p.inputs + c, weight, part.channels * kPanel, c > 0, products);
+    }
+    winograd_outputs<Tile, T>(p, 0, p.tiles(), panel * kPanel, products);
+  }
+}
+
+// sums(point, o, c) = or += sum over tiles of errors(point, tile, o) * inputs(point, tile, c), o and c from first to last, the
+// filters in one panel.
 static void winograd_weight_products(const WinogradWeightGrad& p, int64_t tiles, const float* errors, int64_t first_filter,
                                      int64_t last_filter, const float* inputs, int64_t first_channel,
                                      int64_t last_channel, bool add, float* sums, int64_t sums_point, int64_t sums_row) {
-  const WinogradRows input = p.inputs(), error = p.errors();
+  const WinogradRows input = p.input_rows(), error = p.error_rows();
   for (int64_t point = 0; point < p.tile.points(); ++point) {
     auto product = [&](int64_t c, auto vectors) DC_LAMBDA {
       each_rows(first_filter, last_filter, [&](auto rows, int64_t o) DC_LAMBDA {
         f32v products[rows.value][vectors.value] = {};
-        accumulate<float>(products, tiles, errors + point * error.point() + o, 1, error.row,
-                          inputs + point * input.point() + c, input.row);
-        float* to = sums + point * sums_point + (o - first_filter) * sums_row + c - first_channel;
-#pragma GCC unroll 8
-        for (int r = 0; r < rows.value; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors.value; ++v) {
-            float* at = to + r * sums_row + v * DC_LANES;
-            store(at, add ? load(at, Whole{}) + products[r][v] : products[r][v], Whole{});
-          }
-        }
+        accumulate(products, tiles, errors + point * error.point() + error.offset(o), 1, error.row,
+                   inputs + point * input.point() + input.offset(c), input.row);
+        add_to(sums + point * sums_point + (o - first_filter) * sums_row + c - first_channel, sums_row, products, add);
       });
     };
     int64_t c = first_channel;
@@ -422,10 +476,10 @@ static void winograd_weight_products(const WinogradWeightGrad& p, int64_t tiles,
 }
 
 // The gradient of a filter's channels first..last from the sums of all parts.
-template <class Tile>
+template <class Tile, class W>
 void winograd_gradient(const WinogradWeightGrad& p, int64_t filter, int64_t first, int64_t last, const float* sums,
                        int64_t sums_point) {
-  float* grad = p.grad + filter * p.filter_stride + first * p.channel_stride;
+  W* grad = static_cast<W*>(p.grad) + filter * p.filter_stride + first * p.channel_stride;
   each_vector<f32v>(last - first, [&](int64_t c, auto tail) DC_LAMBDA {
     Tile::gradient(
         [&](int i, int j) DC_LAMBDA {
@@ -435,11 +489,11 @@ void winograd_gradient(const WinogradWeightGrad& p, int64_t filter, int64_t firs
           return sum;
         },
         [&](int i, int j, const f32v& v) DC_LAMBDA {
-          float* to = grad + c * p.channel_stride + (i * 3 + j) * p.tap_stride;
+          W* to = grad + c * p.channel_stride + (i * 3 + j) * p.tap_stride;
           if (p.channel_stride == 1) {
             store(to, v, tail);
           } else {
-            float elements[DC_LANES];
+            W elements[DC_LANES];
             store(elements, v, Whole{});
             const int64_t count = std::min<int64_t>(last - first - c, DC_LANES);
             for (int64_t k = 0; k < count; ++k) to[k * p.channel_stride] = elements[k];
@@ -448,74 +502,128 @@ void winograd_gradient(const WinogradWeightGrad& p, int64_t filter, int64_t firs
   });
 }
 
-template <class Tile, class T>
+template <class Tile, class T, class W>
 void winograd_weight_grad_slot(const WinogradWeightGrad& p, int64_t slot) {
   // Rounding errors grow with the tiles of one sum plus the number of sums that are added.
   constexpr int64_t kSum = 256;
-  constexpr int64_t kFilters = 48, kChannels = 64;
   float* inputs = p.scratch + slot * p.scratch_elements();
-  float* errors = inputs + Tile::points * p.inputs().point();
+  float* errors = inputs + Tile::points * p.input_rows().point();
   const int64_t part = slot / p.groups, first = slot % p.groups * p.group();
   const int64_t filters = std::min(p.group(), p.filters - first);
   if (filters <= 0) return;
   const std::vector<T> zeros(std::max(p.channels, p.filters));
   bool add = false;
   each_block(p.tiles(), part, p.parts, p.block, [&](int64_t tile, int64_t count) {
-    winograd_inputs<Tile, T>(p, p.input, p.inputs(), tile, count, zeros.data(), inputs);
+    winograd_inputs<Tile, T>(p, p.input, p.input_rows(), tile, count, zeros.data(), inputs);
     winograd_errors<Tile, T>(p, first, filters, tile, count, zeros.data(), errors);
     auto each_sum = [&](auto&& body) {
       for (int64_t k = 0; k < count; k += kSum) {
-        body(std::min(kSum, count - k), errors + k * p.errors().row, inputs + k * p.inputs().row, add || k);
+        body(std::min(kSum, count - k), errors + k * p.error_rows().row, inputs + k * p.input_rows().row, add || k);
       }
     };
     if (p.sums) {
-      float* sums = p.sums + part * p.sums_elements() + first * p.sums_row();
-      each_sum([&](int64_t tiles, const float* e, const float* v, bool added) {
-        winograd_weight_products(p, tiles, e, 0, filters, v, 0, p.channels, added, sums, p.sums_point(), p.sums_row());
-      });
+      for (int64_t o = 0; o < filters; o += kPanel) {
+        float* sums = p.sums + part * p.sums_elements() + (first + o) * p.sums_row();
+        const int64_t last = std::min(o + kPanel, filters);
+        each_sum([&](int64_t tiles, const float* e, const float* v, bool added) {
+          winograd_weight_products(p, tiles, e, o, last, v, 0, p.channels, added, sums, p.sums_point(), p.sums_row());
+        });
+      }
       add = true;
       return;
     }
-    constexpr int64_t row = kChannels, point = (kFilters + 1) * row;
+    constexpr int64_t row = kPanel, point = (kPanel + 1) * row;
     std::vector<float> sums(Tile::points * point);
-    for (int64_t o = 0; o < filters; o += kFilters) {
-      const int64_t last_filter = std::min(o + kFilters, filters);
-      for (int64_t c = 0; c < p.channels; c += kChannels) {
-        const int64_t last_channel = std::min(c + kChannels, p.channels);
+    for (int64_t o = 0; o < filters; o += kPanel) {
+      const int64_t last_filter = std::min(o + kPanel, filters);
+      for (int64_t c = 0; c < p.channels; c += kPanel) {
+        const int64_t last_channel = std::min(c + kPanel, p.channels);
         each_sum([&](int64_t tiles, const float* e, const float* v, bool added) {
           winograd_weight_products(p, tiles, e, o, last_filter, v, c, last_channel, added, sums.data(), point, row);
         });
         for (int64_t i = o; i < last_filter; ++i) {
-          winograd_gradient<Tile>(p, first + i, c, last_channel, sums.data() + (i - o) * row, point);
+          winograd_gradient<Tile, W>(p, first + i, c, last_channel, sums.data() + (i - o) * row, point);
         }
       }
     }
   });
 }
 
-// Calls f(tile) as a type.
+template <class T>
+void transpose_task(const Transposition& p, int64_t task) {
+  const int64_t sample = task / p.row_blocks() * p.rows * p.columns, first = task % p.row_blocks() * Transposition::kRows;
+  const int64_t last = std::min(first + Transposition::kRows, p.rows);
+  for (int64_t c = 0; c < p.columns; c += DC_LANES) {
+    const int columns = int(std::min<int64_t>(p.columns - c, DC_LANES));
+    for (int64_t r = first; r < last; r += DC_LANES) {
+      const int rows = int(std::min<int64_t>(last - r, DC_LANES));
+      transpose_block(offset<T>(p.from, sample + r * p.columns + c), p.columns, rows, columns,
+                      offset<T>(p.to, sample + c * p.rows + r), p.rows, rows);
+    }
+  }
+}
+
+// Calls f(storage type, tile), both as types, for the tiles that winograd.cpp chooses from.
 template <class F>
-DC_INLINE void for_tile(const WinogradTile& tile, F&& f) {
-  if (tile.down == 4 && tile.across == 2) f(Tile<4, 2>{});
-  if (tile.down == 2 && tile.across == 2) f(Tile<2, 2>{});
+DC_INLINE void for_storage(Dtype dtype, const WinogradTile& tile, F&& f) {
+  if (dtype == Dtype::bf16) return f(bfloat16{}, Tile<4, 4>{});
+  if (dtype != Dtype::f32) return;
+  if (tile.down == 2) return f(float{}, Tile<2, 2>{});
+  f(float{}, Tile<4, 2>{});
+}
+
+void winograd_transpose(const Transposition& p, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    p.dtype == Dtype::f32 ? transpose_task<float>(p, task) : transpose_task<bfloat16>(p, task);
+  }
 }
 
 void winograd_weights(const WinogradWeights& p, int64_t begin, int64_t end) {
-  for_tile(p.tile, [&](auto tile) {
-    for (int64_t task = begin; task < end; ++task) winograd_weights_task<decltype(tile)>(p, task);
+  for_storage(p.dtype, p.tile, [&](auto storage, auto tile) {
+    for (int64_t task = begin; task < end; ++task) winograd_weights_task<decltype(tile), decltype(storage)>(p, task);
+  });
+}
+
+void winograd_inputs(const WinogradForward& p, int64_t begin, int64_t end) {
+  for_storage(p.dtype, p.tile, [&](auto storage, auto tile) {
+    using T = decltype(storage);
+    const std::vector<T> zeros(p.channels);
+    winograd_inputs<decltype(tile), T>(p, p.input, p.input_rows(), begin, end - begin, zeros.data(),
+                                       p.inputs + begin * p.input_rows().row);
   });
 }
 
 void winograd_forward(const WinogradForward& p, int64_t begin, int64_t end) {
-  for (int64_t slot = begin; slot < end; ++slot) winograd_forward_slot<Tile<4, 2>, float>(p, slot);
+  for_storage(p.dtype, p.tile, [&](auto storage, auto tile) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      float* scratch = p.scratch + slot * p.scratch_elements();
+      p.by_panels ? winograd_forward_panels<decltype(tile), decltype(storage)>(p, slot, scratch)
+                  : winograd_forward_tiles<decltype(tile), decltype(storage)>(p, slot, scratch);
+    }
+  });
+}
+
+// Calls f(storage type of the maps, storage type of the weight, tile), all as types.
+template <class F>
+DC_INLINE void for_weight_grad(const WinogradWeightGrad& p, F&& f) {
+  if (p.dtype == Dtype::f32) return f(float{}, float{}, Tile<2, 2>{});
+  if (p.weight_dtype == Dtype::f32) return f(bfloat16{}, float{}, Tile<4, 4>{});
+  f(bfloat16{}, bfloat16{}, Tile<4, 4>{});
 }
 
 void winograd_weight_grad(const WinogradWeightGrad& p, int64_t begin, int64_t end) {
-  for (int64_t slot = begin; slot < end; ++slot) winograd_weight_grad_slot<Tile<2, 2>, float>(p, slot);
+  for_weight_grad(p, [&](auto storage, auto weight, auto tile) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      winograd_weight_grad_slot<decltype(tile), decltype(storage), decltype(weight)>(p, slot);
+    }
+  });
 }
 
 void winograd_weight_grad_finish(const WinogradWeightGrad& p, int64_t begin, int64_t end) {
-  for (int64_t filter = begin; filter < end; ++filter) {
-    winograd_gradient<Tile<2, 2>>(p, filter, 0, p.channels, p.sums + filter * p.sums_row(), p.sums_point());
-  }
+  for_weight_grad(p, [&](auto, auto weight, auto tile) {
+    for (int64_t filter = begin; filter < end; ++filter) {
+      winograd_gradient<decltype(tile), decltype(weight)>(p, filter, 0, p.channels, p.sums + filter * p.sums_row(),
+                                                          p.sums_point());
+    }
+  });
 }

@@ -1,0 +1,29 @@
+// Winograd's convolution for AVX2 with FMA.
+
+#include "kernels_headers.h"
+#include "winograd.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define DC_AVX2
+
+namespace deepcontrol::cpu::winograd_avx2 {
+#include "simd.h"
+
+#include "winograd_product.h"
+
+#include "winograd_impl.h"
+
+extern const WinogradKernels table;
+const WinogradKernels table{winograd_transpose, winograd_weights,     winograd_inputs,
+                            winograd_forward,   winograd_weight_grad, winograd_weight_grad_finish};
+}  // namespace deepcontrol::cpu::winograd_avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
