@@ -10,14 +10,18 @@ from . import (
     bandwidth,
     blocks,
     costs,
+    compare,
     fine_tuning,
     gpu_command,
     layers,
     memory,
     models,
     overhead,
+    page,
+    plot,
     predict,
     projection,
+    readme,
     scaling,
 )
 from .options import MissingError, UsageError, check
@@ -36,6 +40,10 @@ COMMANDS = {
     "fine-tuning": fine_tuning,
     "predict": predict,
     "gpu": gpu_command,
+    "compare": compare,
+    "plot": plot,
+    "report": page,
+    "readme": readme,
 }
 """Each has ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 

@@ -44,6 +44,15 @@ def largest(ratios: Sequence[Sequence[float]]) -> Interval:
     return _interval(ratios, lambda medians: medians.amax(0))
 
 
+def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Interval:
+    """Geometric mean of the rows' medians in ``after`` over those in ``before``, whose rounds are not paired."""
+    if len(before) != len(after):
+        raise ValueError(f"before and after: got {len(before)} and {len(after)} rows, wanted as many of both")
+    return _interval(
+        [*before, *after], lambda medians: medians.log().view(2, len(before), -1).diff(dim=0)[0].mean(0).exp()
+    )
+
+
 def _interval(ratios: Sequence[Sequence[float]], statistic: Callable[[Tensor], Tensor]) -> Interval:
     """``statistic`` maps medians of all rows, (rows, k), to (k,)."""
     if not ratios or not all(ratios):
