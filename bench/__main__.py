@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from . import (
     bandwidth,
     blocks,
-    costs,
     compare,
+    costs,
     fine_tuning,
     gpu_command,
     layers,
