@@ -94,27 +94,58 @@ def test_every_pass_is_within_its_budget(layer, weight_channels_last, poisoned_m
     assert got[2].is_contiguous(memory_format=memory_format(w, weight_channels_last))
 
 
-@pytest.mark.parametrize("layer", RESNET50[1:], ids=str)
-def test_resnet50_layers_are_within_their_budgets(layer):
-    x, w, grad = tensors_of(layer)
+@pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+@pytest.mark.parametrize("layer", RESNET50, ids=str)
+def test_resnet50_layers_are_within_their_budgets(layer, dtype, channels_last):
+    layer = layer._replace(batch=2 if layer.channels > 64 else 1)
+    x, w, grad = tensors_of(layer, dtype, channels_last, channels_last)
     x.relu_()
     got, low = (f(x, w, grad, layer.padding) for f in (convolve, library))
     oracle = library(x.double(), w.double(), grad.double(), layer.padding)
     for i, what in enumerate(("output", "gradient of the input", "gradient of the weight")):
-        assert_within_budget(got[i], oracle[i], low[i], torch.float32, what=what)
+        assert_within_budget(got[i], oracle[i], low[i], dtype, what=what)
+    assert got[0].is_contiguous(memory_format=memory_format(x, channels_last))
 
 
-@pytest.mark.parametrize("layer", RESNET50, ids=str)
-def test_it_is_what_runs_for_resnet50(layer):
+@pytest.mark.parametrize("layer", [LAYERS["odd"], LAYERS["more weights than pixels"], LAYERS["much padding"]], ids=str)
+def test_odd_sizes_in_bfloat16_and_contiguous(layer):
+    for dtype, channels_last in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+        x, w, grad = tensors_of(layer, dtype, channels_last, not channels_last)
+        got, low = (f(x, w, grad, layer.padding) for f in (convolve, library))
+        oracle = library(x.double(), w.double(), grad.double(), layer.padding)
+        for i, what in enumerate(("output", "gradient of the input", "gradient of the weight")):
+            assert_within_budget(got[i], oracle[i], low[i], dtype, what=f"{what} in {dtype}")
+
+
+def test_autocast_keeps_float32_weights():
+    x, _, grad = tensors_of(LAYERS["odd"], torch.bfloat16)
+    w = (torch.randn(70, 47, 3, 3) / 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dc.functional.deep_control_conv2d(x, w, mean_scale=0.0, padding=1, backend="cpu")
+    y.backward(grad)
+    assert (y.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
+    low = library(x, w.detach().bfloat16(), grad, 1)
+    oracle = library(x.double(), w.detach().bfloat16().double(), grad.double(), 1)
+    assert_within_budget(y.detach(), oracle[0], low[0], torch.bfloat16)
+    assert_within_budget(w.grad, oracle[2], low[2].float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=("contiguous", "channels_last"))
+def test_it_is_what_runs_for_resnet50(channels_last):
     backends._prefer(None, "cpu")
-    plan = plan_of(layer)
-    assert [plan[name]["chosen"] for name in ("forward", "backward")] == ["winograd"] * 2
+    for layer in RESNET50:
+        plan = plan_of(layer, channels_last=channels_last)
+        assert [plan[name]["chosen"] for name in ("forward", "backward")] == ["winograd"] * 2, layer
+    few_filters = plan_of(Layer(8, 64, 16, (56, 56)))
+    assert few_filters["forward"]["chosen"] != "winograd"
 
 
 @pytest.mark.parametrize("layer", [LAYERS["odd"], LAYERS["many tiles"], RESNET50[2], RESNET50[3]], ids=str)
 def test_runs_are_bit_equal_and_samples_do_not_depend_on_their_batch(layer):
     x, w, grad = tensors_of(layer)
     first = convolve(x, w, grad, layer.padding, 1.0)
+    assert backends._plan_cpu(x[:1], w, ((1, 1), layer.padding, (1, 1), 1))["forward"]["chosen"] == "winograd"
     for a, b in zip(first, convolve(x, w, grad, layer.padding, 1.0)):
         assert torch.equal(a, b)
     alone = convolve(x[-1:], w, grad[-1:], layer.padding, 1.0)

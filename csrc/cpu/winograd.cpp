@@ -9,6 +9,10 @@
 
 #include <string_view>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace deepcontrol::cpu {
 
 #if defined(__x86_64__)
@@ -29,26 +33,23 @@ const WinogradKernels* winograd_kernels() {
   return nullptr;
 }
 
+bool has_matrix_unit() {
+#if defined(__x86_64__)
+  constexpr unsigned kAmxBFloat16 = 1u << 22;
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBFloat16);
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 // Of a core's second-level cache, for a block's operands and products.
 static constexpr int64_t kBlockBytes = 640 * 1024;
 // Products of more tiles with a panel of filters leave that cache far behind.
 static constexpr int64_t kMostTilesOfPanel = 256;
-
-// In float32 a tile of 4 x 2 rounds as much as the library does, which sums all taps and channels in one chain; of 4 x 4 three
-// times as much. Of small single samples, up to this many elements, the library makes a matrix product that rounds less, and a
-// tile of 2 x 2 as little. A bfloat16 rounds a thousand times as much as the largest tile.
-static WinogradTile forward_tile(const WinogradMaps& p) {
-  constexpr int64_t kSmall = 20480;
-  if (p.dtype == Dtype::bf16) return {4, 4};
-  const bool small = std::min(p.channels * p.height * p.width, p.filters * p.out_height * p.out_width) <= kSmall;
-  return {small ? 2 : 4, 2};
-}
-
-// The weight gradient's sums, over all pixels, are the library's most exact ones.
-static WinogradTile weight_grad_tile(Dtype dtype) {
-  if (dtype == Dtype::bf16) return {4, 4};
-  return {2, 2};
-}
 
 // The weight dense in its own memory format, and its strides, which a size of one leaves undefined in the tensor.
 struct DenseWeight {
@@ -116,7 +117,7 @@ static void run_forward(const Tensor& input, const WinogradWeights& weight, cons
   const WinogradKernels& run = *winograd_kernels();
   WinogradForward p{};
   describe_maps(p, input, output, padding);
-  p.tile = forward_tile(p);
+  p.tile = winograd_tile(p.dtype, std::min(p.channels * p.height * p.width, p.filters * p.out_height * p.out_width));
   p.weight = weight;
   p.weight.dtype = p.dtype;
   p.weight.tile = p.tile;
@@ -125,7 +126,7 @@ static void run_forward(const Tensor& input, const WinogradWeights& weight, cons
   p.slots = at::get_num_threads();
   p.block = p.tiles();
   // What is transformed before is written to memory and read back.
-  p.by_panels = 2 * p.input_elements() < p.weight.elements() && p.tiles() <= kMostTilesOfPanel && p.weight.panels() >= p.slots;
+  p.by_panels = p.input_elements() < p.weight.elements() && p.tiles() <= kMostTilesOfPanel && p.weight.panels() >= p.slots;
   const int64_t before = p.by_panels ? p.input_elements() : p.weight.elements();
   if (!p.by_panels) {
     p.block = 6;
@@ -191,7 +192,7 @@ Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, cons
   const Tensor grad = at::empty_like(dense.tensor);
   WinogradWeightGrad p{};
   describe_maps(p, x, error, padding);
-  p.tile = weight_grad_tile(p.dtype);
+  p.tile = winograd_weight_grad_tile(p.dtype);
   p.weight_dtype = dtype_of(grad);
   p.filter_stride = dense.filter_stride;
   p.channel_stride = dense.channel_stride;

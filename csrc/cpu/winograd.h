@@ -15,6 +15,22 @@ struct WinogradTile {
   int64_t points() const { return (down + 2) * (across + 2); }
 };
 
+// The tile of the convolution and its input gradient, by the elements of a sample's input or output, whichever are fewer. In
+// float32 a tile of 4 x 2 rounds as much as the library does, which sums all taps and channels in one chain; one of 4 x 4 three
+// times as much. Of a single small sample the library makes a matrix product that rounds less, and a tile of 2 x 2 as little. A
+// bfloat16 rounds a thousand times as much as the largest tile.
+inline WinogradTile winograd_tile(Dtype dtype, int64_t elements) {
+  constexpr int64_t kSmall = 20480;
+  if (dtype == Dtype::bf16) return {4, 4};
+  return {elements <= kSmall ? 2 : 4, 2};
+}
+
+// Of the weight gradient, whose sums over all pixels are the library's most exact ones.
+inline WinogradTile winograd_weight_grad_tile(Dtype dtype) {
+  if (dtype == Dtype::bf16) return {4, 4};
+  return {2, 2};
+}
+
 // Maps in channels_last and the tiles that their outputs are cut into; the last of a row or column may reach over the edge.
 struct WinogradMaps {
   Dtype dtype;
@@ -139,5 +155,8 @@ struct WinogradKernels {
 
 // Those for the instruction set that `kernels` chose; null where it has no fast matrix product.
 const WinogradKernels* winograd_kernels();
+
+// Whether the library multiplies bfloat16 by a matrix unit, which no float32 arithmetic keeps up with.
+bool has_matrix_unit();
 
 }  // namespace deepcontrol::cpu

@@ -375,7 +375,8 @@ void winograd_taps(const WinogradWeights& p, int64_t filter, int filters, int64_
   if (p.filter_stride == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t tap = 0; tap < kTaps; ++tap) {
-        store(taps + (c * kTaps + tap) * DC_LANES, load(weight + c * p.channel_stride + tap * p.tap_stride, Part{filters}), Whole{});
+        const f32v of_filters = load(weight + c * p.channel_stride + tap * p.tap_stride, Part{filters});
+        store(taps + (c * kTaps + tap) * DC_LANES, of_filters, Whole{});
       }
     }
   } else if (p.channel_stride == 1) {
