@@ -38,7 +38,7 @@ struct ConvCase {
 enum class Pass { forward, backward };
 
 enum class Algorithm {
-  product,     // own matrix product over channels, the centring on its way (pointwise.cpp)
+  product,     // own matrix product over channels, the centring on its way (pointwise.cpp, planar.cpp)
   two_passes,  // the library's convolution, then center; takes every layer
 };
 // In the order in which they are asked whether they take a layer.
@@ -60,6 +60,9 @@ Algorithm choose(Pass pass, const ConvCase& c);
 
 // One algorithm for every convolution of the process, by name; "" for automatic choice.
 void prefer_algorithm(std::string_view name);
+
+// Product: whether rows are filters and columns pixels (planar.cpp); one pixel lies the same in every layout.
+constexpr bool is_planar(const ConvCase& c) { return !c.channels_last && c.input_pixels() > 1; }
 
 // Product: whether the means of the input's maps, from which those of the output follow, are fewer; one pass then does the
 // layer.
