@@ -17,6 +17,7 @@
 
 #include "common.h"
 #include "conv_plan.h"
+#include "pointwise.h"
 #include "workspace.h"
 
 namespace deepcontrol::cpu {
@@ -70,6 +71,11 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   Tensor z;
   switch (choose(Pass::forward, c).algorithm) {
     case Algorithm::product:
+      if (is_planar(c)) {
+        const Convolved result =
+            fused_planar(input, weight, stride, gains, mean_scales, constant, biases, residual, act, slope, save);
+        return {result.output, result.centred.map_mean, result.centred.saved};
+      }
       if (!is_centred || is_mean_of_input_cheaper(c)) {
         const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
                                                  residual, act, slope, save);
@@ -139,10 +145,13 @@ struct Gradients {
   Tensor sums, residual;
 };
 
-static Gradients backward_of_product(const Backward& b) {
-  PointwiseGrads grads = fused_pointwise_backward(b.grad_output, b.input, b.weight, b.format, b.stride, b.scale,
-                                                  b.mean_scale, b.constant, b.saved, b.activation, b.slope,
-                                                  b.wants_input, b.wants_weight, b.wants_residual);
+static Gradients backward_of_product(const Backward& b, bool planar) {
+  PointwiseGrads grads =
+      planar ? fused_planar_backward(b.grad_output, b.input, b.weight, b.stride, b.scale, b.mean_scale, b.constant, b.saved,
+                                     b.activation, b.slope, b.wants_input, b.wants_weight, b.wants_residual)
+             : fused_pointwise_backward(b.grad_output, b.input, b.weight, b.format, b.stride, b.scale, b.mean_scale,
+                                        b.constant, b.saved, b.activation, b.slope, b.wants_input, b.wants_weight,
+                                        b.wants_residual);
   return {grads.grad_input, grads.grad_weight, grads.sums, grads.grad_residual};
 }
 
@@ -214,7 +223,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
     const Backward b{grad_output, input, scaled_weight, format, stride, padding, dilation, groups, split.on_error,
                      mean_scales, constant, saved, act, slope, mask[0], wants_weight, mask[5], wants_sums};
     switch (choose(Pass::backward, c).algorithm) {
-      case Algorithm::product: grads = backward_of_product(b); break;
+      case Algorithm::product: grads = backward_of_product(b, is_planar(c)); break;
       case Algorithm::winograd: grads = backward_of_winograd(b); break;
       case Algorithm::two_passes: grads = backward_of_two_passes(b, is_unfolded_better(c)); break;
     }

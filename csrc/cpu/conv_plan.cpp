@@ -124,7 +124,6 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
   if (c.windows.taps() != 1) return "the kernel has more than one tap";
   if (c.is_padded()) return "the input is padded";
   if (c.is_empty()) return "there is nothing to compute";
-  if (!c.channels_last && c.input_pixels() > 1) return "the maps are not in channels_last";
   if (const char* obstacle = why_no_product(c.dtype, c.channels, c.filters)) return obstacle;
   return pass == Pass::backward ? why_no_product_backward(c) : nullptr;
 }

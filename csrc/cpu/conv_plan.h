@@ -42,7 +42,7 @@ struct ConvCase {
 enum class Pass { forward, backward };
 
 enum class Algorithm {
-  product,     // own matrix product over channels, the centring on its way (pointwise.cpp)
+  product,     // own matrix product over channels, the centring on its way (pointwise.cpp, planar.cpp)
   winograd,    // own convolution by 3 x 3 taps in transformed tiles (winograd.cpp), then center
   two_passes,  // the library's convolution, then center; takes every layer
 };
@@ -107,6 +107,9 @@ Choice choose(Pass pass, const ConvCase& c);
 // One algorithm for every convolution of the process, or of the calling thread alone, by name; "" for automatic choice. The
 // thread's goes before the process's.
 void prefer_algorithm(std::string_view name, bool of_thread);
+
+// Product: whether rows are filters and columns pixels (planar.cpp); one pixel lies the same in every layout.
+constexpr bool is_planar(const ConvCase& c) { return !c.channels_last && c.input_pixels() > 1; }
 
 // Product: whether the means of the input's maps, from which those of the output follow, are fewer; one pass then does the
 // layer.

@@ -2,6 +2,7 @@
 // instruction set. Plain pointers and sizes only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../types.h"
@@ -166,6 +167,111 @@ struct PointwiseMean {
   void* map_mean;
 };
 
+// The pixels of all samples cut for a product in contiguous layout: whole maps of neighbouring samples where maps are
+// small, else parts of one map.
+struct PlanarTile {
+  int64_t sample, samples;
+  int64_t pixel, pixels;  // of each map
+
+  int64_t columns() const { return samples * pixels; }
+};
+struct PlanarTiles {
+  int64_t samples, pixels;
+  int64_t count;
+
+  PlanarTiles(int64_t samples, int64_t pixels, int64_t slots) : samples(samples), pixels(pixels) {
+    if (!has_whole_maps()) {
+      count = samples * parts();
+      return;
+    }
+    const int64_t least = (samples + kMost / pixels - 1) / (kMost / pixels);
+    count = std::min(samples, (least + slots - 1) / slots * slots);
+  }
+  static bool has_whole_maps(int64_t pixels) { return pixels <= kMost; }
+  bool has_whole_maps() const { return has_whole_maps(pixels); }
+  PlanarTile at(int64_t tile) const {
+    if (has_whole_maps()) {
+      const int64_t first = samples * tile / count;
+      return {first, samples * (tile + 1) / count - first, 0, pixels};
+    }
+    // Parts begin at whole panels, and so at whole bytes of bits.
+    const int64_t part = tile % parts(), first = panels() * part / parts() * kPanel;
+    const int64_t last = std::min(pixels, panels() * (part + 1) / parts() * kPanel);
+    return {tile / parts(), 1, first, last - first};
+  }
+
+  // Most columns of a tile: one map of 14 x 14, five of 7 x 7.
+  static constexpr int64_t kMost = 256;
+  static constexpr int64_t kPanel = PointwiseForward::kPanel;
+
+ private:
+  int64_t panels() const { return (pixels + kPanel - 1) / kPanel; }
+  int64_t parts() const { return (pixels + kMost - 1) / kMost; }
+};
+
+// A convolution by one tap at stride one in contiguous layout: (filters x channels) by (channels x pixels), and everything
+// behind it in the same pass. A task is one block of filters of one tile.
+struct PlanarForward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  PlanarTiles tiles;
+  int64_t channels, filters;
+  int64_t blocks;  // of filters
+  const void* input;
+  const void* weight;  // (filters, channels), of the dtype
+  const void* gain;
+  const void* mean_scale;
+  const void* bias;
+  const void* residual;
+  void* output;
+  void* pre_activation;
+  uint8_t* bits;
+  float* map_mean;  // (samples, filters) of gain * z, null: leave the mean in
+  bool knows_means;  // else they are computed here, for which tiles must have whole maps
+  void* scratch;     // of one thread, scratch_bytes()
+
+  int64_t tasks() const { return tiles.count * blocks; }
+  int64_t scratch_bytes() const { return PlanarTiles::kMost * (channels + kRows + 2) * 4; }
+
+  static constexpr int64_t kRows = 6;  // filters multiplied at once
+};
+
+// The backward pass of the same layer. A task is a slot: a share of the tiles.
+struct PlanarBackward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;
+  bool centred;
+  PlanarTiles tiles;
+  int64_t channels, filters;
+  int64_t slots;
+  const void* grad_output;
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* input;
+  const void* weight;  // (channels, filters), of the dtype; null: no grad_input
+  const void* scale;   // (filters), null for 1
+  const void* mean_scale;
+  float* sums;      // (samples, filters): sum of e
+  bool knows_sums;  // else they are computed here, for which tiles must have whole maps
+  void* grad_input;
+  void* grad_residual;
+  void* scratch;    // slots * scratch_bytes()
+  float* partials;  // (slots, filters, channels), null: no weight gradient
+
+  int64_t padded_channels() const { return (channels + PlanarTiles::kPanel - 1) / PlanarTiles::kPanel * PlanarTiles::kPanel; }
+  int64_t scratch_bytes() const {
+    return (kRow * (filters + kTransposed) + PlanarTiles::kMost * (filters + padded_channels() + PlanarForward::kRows)) * 4;
+  }
+
+  // Elements of a row of dz' in `scratch`: rows side by side fall into different sets of the caches.
+  static constexpr int64_t kRow = PlanarTiles::kMost + 16;
+  static constexpr int64_t kTransposed = 16;  // rows of the input transposed at once
+};
+
 // Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
 struct Kernels {
   const char* isa;
@@ -180,6 +286,8 @@ struct Kernels {
   void (*pointwise_backward)(const PointwiseBackward&, int64_t begin, int64_t end);
   void (*add_partials)(const AddPartials&, int64_t begin, int64_t end);
   bool pointwise_bf16;
+  void (*planar_forward)(const PlanarForward&, int64_t begin, int64_t end);
+  void (*planar_backward)(const PlanarBackward&, int64_t begin, int64_t end);
 };
 
 // Channels of a task never exceed this, so that the vectors of one task lie on the stack.

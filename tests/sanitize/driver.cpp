@@ -482,6 +482,115 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
   }
 }
 
+// The same layer in contiguous layout: of `samples` small maps, or parts of a large one.
+static void planar_forward(Dtype dtype, Activation activation, int64_t samples, int64_t pixels, int64_t channels,
+                           int64_t filters, uint32_t options) {
+  const PlanarTiles tiles(samples, pixels, options & 8 ? 2 : 1);
+  const int64_t maps = samples * filters, count = maps * pixels;
+  const bool centred = options & 16, knows_means = !tiles.has_whole_maps() || options & 32;
+  Values input("input", dtype, samples * channels * pixels), weight("weight", dtype, filters * channels);
+  Values gain("gain", Dtype::f32, filters, options & 1), bias("bias", Dtype::f32, filters, options & 2);
+  Values mean_scale("mean_scale", Dtype::f32, filters, options & 64), map_mean("map_mean", Dtype::f32, maps, centred);
+  Values residual("residual", dtype, count, options & 4), output("output", dtype, count);
+  Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Bits bits(maps, pixels, is_piecewise(activation));
+  for (Values* values : {&input, &weight, &gain, &bias, &mean_scale, &residual}) values->fill();
+  if (centred && knows_means) map_mean.fill();
+
+  PlanarForward p{dtype, activation, kSlope, 0.5, tiles, channels, filters, options & 128 ? 2 : 1};
+  Values scratch("scratch", Dtype::f32, p.scratch_bytes() / 4);
+  p.input = input.data(), p.weight = weight.data(), p.gain = gain.data(), p.mean_scale = mean_scale.data();
+  p.bias = bias.data(), p.residual = residual.data(), p.output = output.data(), p.knows_means = knows_means;
+  p.pre_activation = pre_activation.data(), p.bits = bits.data(), p.scratch = scratch.data();
+  p.map_mean = static_cast<float*>(map_mean.data());
+  run(kernels().planar_forward, p, p.tasks());
+
+  std::vector<double> z(pixels);
+  for (int64_t map = 0; map < maps; ++map) {
+    const int64_t o = map % filters;
+    double mean = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      z[i] = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        z[i] += input[(map / filters * channels + c) * pixels + i] * weight[o * channels + c];
+      }
+      z[i] *= gain.or_else(o, 1);
+      mean += z[i] / pixels;
+    }
+    if (centred && !knows_means) map_mean.expect(map, mean, channels);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const int64_t at = map * pixels + i;
+      const double pre =
+          z[i] - mean_scale.or_else(o, 0.5) * map_mean.or_else(map, 0) + bias.or_else(o, 0) + residual.or_else(at, 0);
+      output.expect(at, activate(activation, pre), channels);
+      pre_activation.expect(at, pre, channels);
+      if (bits.data()) expect_bit(bits, map, i, activation, pre);
+    }
+  }
+}
+
+static void planar_backward(Dtype dtype, Activation activation, int64_t samples, int64_t pixels, int64_t channels,
+                            int64_t filters, uint32_t options) {
+  const int64_t maps = samples * filters, count = maps * pixels;
+  const bool wants_input = options & 1, wants_weight = !wants_input || options & 2, centred = options & 8;
+  Values grad_output("grad_output", dtype, count);
+  Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Bits bits(maps, pixels, is_piecewise(activation));
+  Values input("input", dtype, samples * channels * pixels);
+  Values weight("weight", dtype, channels * filters, wants_input), scale("scale", Dtype::f32, filters, options & 4);
+  Values mean_scale("mean_scale", Dtype::f32, filters, options & 64), sums("sums", Dtype::f32, maps);
+  for (Values* values : {&grad_output, &input, &weight, &scale, &mean_scale}) values->fill();
+  pre_activation.fill(2);
+  bits.fill();
+
+  const int64_t slots = options & 16 ? 2 : 1;
+  PlanarBackward p{dtype, activation, kSlope, 0.5, centred, PlanarTiles(samples, pixels, slots), channels, filters, slots};
+  p.knows_sums = !p.tiles.has_whole_maps() || options & 128;
+  if (p.knows_sums) sums.fill();
+  Values grad_input("grad_input", dtype, samples * channels * pixels, wants_input);
+  Values grad_residual("grad_residual", dtype, count, options & 32);
+  Values partials("partials", Dtype::f32, slots * filters * channels, wants_weight);
+  Values scratch("scratch", Dtype::f32, slots * p.scratch_bytes() / 4);
+  Values grad_weight("grad_weight", dtype, filters * channels, wants_weight);
+  p.grad_output = grad_output.data(), p.pre_activation = pre_activation.data(), p.bits = bits.data();
+  p.input = input.data(), p.weight = weight.data(), p.scale = scale.data(), p.mean_scale = mean_scale.data();
+  p.sums = static_cast<float*>(sums.data()), p.grad_input = grad_input.data(), p.grad_residual = grad_residual.data();
+  p.scratch = scratch.data(), p.partials = static_cast<float*>(partials.data());
+  run(kernels().planar_backward, p, slots);
+  if (wants_weight) {
+    const AddPartials add{dtype, slots, filters, channels, p.partials, grad_weight.data()};
+    run(kernels().add_partials, add, filters);
+  }
+
+  std::vector<double> dz(count);
+  for (int64_t map = 0; map < maps; ++map) {
+    double sum = 0;
+    for (int64_t i = map * pixels; i < (map + 1) * pixels; ++i) {
+      dz[i] = error_of(activation, grad_output[i], pre_activation, i, bits.data() && bits.at(map, i % pixels));
+      grad_residual.expect(i, dz[i]);
+      sum += dz[i];
+    }
+    if (!p.knows_sums) sums.expect(map, sum, pixels);
+    const int64_t o = map % filters;
+    const double removed = centred ? mean_scale.or_else(o, 0.5) * sums[map] / pixels : 0;
+    for (int64_t i = map * pixels; i < (map + 1) * pixels; ++i) dz[i] = (dz[i] - removed) * scale.or_else(o, 1);
+  }
+  for (int64_t i = 0; wants_input && i < samples * channels * pixels; ++i) {
+    const int64_t sample = i / pixels / channels, c = i / pixels % channels;
+    double sum = 0;
+    for (int64_t o = 0; o < filters; ++o) sum += dz[(sample * filters + o) * pixels + i % pixels] * weight[c * filters + o];
+    grad_input.expect(i, sum, filters);
+  }
+  for (int64_t i = 0; wants_weight && i < filters * channels; ++i) {
+    double sum = 0;
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      const int64_t o = (sample * filters + i / channels) * pixels, c = (sample * channels + i % channels) * pixels;
+      for (int64_t j = 0; j < pixels; ++j) sum += dz[o + j] * input[c + j];
+    }
+    grad_weight.expect(i, sum, samples * pixels, dtype);
+  }
+}
+
 static void all_cases() {
   constexpr const char* dtype_names[] = {"f32", "f64", "bf16", "f16"};
   // Channels and pixels: fewer than a vector, one more, more channels than a task's, more rows than a group's.
@@ -528,6 +637,15 @@ static void all_cases() {
         for (int a = 0; a < 7; ++a) {
           pointwise_forward(dtype, Activation(a), pixels, channels, filters, options);
           pointwise_backward(dtype, Activation(a), pixels == 1 ? 1 : 5, pixels, channels, filters, options * 3 + 1);
+          options += 11;
+        }
+      }
+      // Whole maps, one of them and several in a tile, and parts of a map.
+      constexpr int64_t maps[][2] = {{3, 1}, {6, 49}, {1, 300}};
+      for (const auto& [samples, pixels] : maps) {
+        for (int a = 0; a < 7; a += pixels > 49 ? 2 : 1) {
+          planar_forward(dtype, Activation(a), samples, pixels, channels, filters, options * 5);
+          planar_backward(dtype, Activation(a), samples, pixels, channels, filters, options * 3 + 1);
           options += 11;
         }
       }
