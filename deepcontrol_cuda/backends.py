@@ -169,6 +169,7 @@ ALGORITHMS = {
     },
     "cpu": {
         "product": "a matrix product with the centring on its way",
+        "direct": "one direct pass that holds each map",
         "two passes": "two passes, oneDNN's convolution and then center",
     },
 }

@@ -43,11 +43,23 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
   return pass == Pass::backward ? why_no_product_backward(c) : nullptr;
 }
 
+const char* why_not_direct(const ConvCase& c) {
+  if (c.groups != c.channels || c.filters != c.channels) return "it is not one filter a channel";
+  if (!kernels().depthwise_forward) return "the instruction set has no vectors for it";
+  if (c.rank != 2) return "the maps do not have two dimensions";
+  if (c.dtype == Dtype::f64) return "it computes in float32";
+  if (c.is_empty()) return "there is nothing to compute";
+  if (c.windows.dilation[1] != 1 || c.windows.dilation[2] != 1) return "the kernel is dilated";
+  if (std::max(c.windows.kernel[1], c.windows.kernel[2]) > Depthwise::kMostTaps) return "the kernel is too large";
+  return nullptr;
+}
+
 }  // namespace
 
 const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::product: return "product";
+    case Algorithm::direct: return "direct";
     case Algorithm::two_passes: break;
   }
   return "two passes";
@@ -65,6 +77,7 @@ Algorithm parse_algorithm(std::string_view name) {
 const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
     case Algorithm::product: return why_not_product(pass, c);
+    case Algorithm::direct: return why_not_direct(c);
     case Algorithm::two_passes: break;
   }
   return nullptr;
@@ -72,7 +85,8 @@ const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
 
 bool is_faster(Algorithm algorithm, Pass, const ConvCase&) {
   switch (algorithm) {
-    case Algorithm::product: return true;
+    case Algorithm::product:
+    case Algorithm::direct: return true;
     case Algorithm::two_passes: break;
   }
   return true;

@@ -39,10 +39,11 @@ enum class Pass { forward, backward };
 
 enum class Algorithm {
   product,     // own matrix product over channels, the centring on its way (pointwise.cpp)
+  direct,      // depthwise convolutions, each map centred while it is in the cache (depthwise.cpp)
   two_passes,  // the library's convolution, then center; takes every layer
 };
 // In the order in which they are asked whether they take a layer.
-inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::two_passes};
+inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::direct, Algorithm::two_passes};
 
 const char* name_of(Algorithm algorithm);
 // Throws std::invalid_argument for an unknown name.
