@@ -174,6 +174,7 @@ ALGORITHMS = {
     },
     "cpu": {
         "product": "a matrix product with the centring on its way",
+        "direct": "one direct pass that holds each map",
         "winograd": "a convolution of transformed tiles (Winograd) and then center",
         "two passes": "two passes, oneDNN's convolution and then center",
     },

@@ -161,11 +161,23 @@ bool is_winograd_faster(Pass pass, const ConvCase& c) {
          double(products) >= (is_bfloat16 ? kLeastGainBFloat16 : kLeastGain) * double(left);
 }
 
+const char* why_not_direct(const ConvCase& c) {
+  if (c.groups != c.channels || c.filters != c.channels) return "it is not one filter a channel";
+  if (!kernels().depthwise_forward) return "the instruction set has no vectors for it";
+  if (c.rank != 2) return "the maps do not have two dimensions";
+  if (c.dtype == Dtype::f64) return "it computes in float32";
+  if (c.is_empty()) return "there is nothing to compute";
+  if (c.windows.dilation[1] != 1 || c.windows.dilation[2] != 1) return "the kernel is dilated";
+  if (std::max(c.windows.kernel[1], c.windows.kernel[2]) > Depthwise::kMostTaps) return "the kernel is too large";
+  return nullptr;
+}
+
 }  // namespace
 
 const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::product: return "product";
+    case Algorithm::direct: return "direct";
     case Algorithm::winograd: return "winograd";
     case Algorithm::two_passes: break;
   }
@@ -183,6 +195,7 @@ Algorithm parse_algorithm(std::string_view name) {
 
 const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
+    case Algorithm::direct: return why_not_direct(c);
     case Algorithm::product: return why_not_product(pass, c);
     case Algorithm::winograd: return why_not_winograd(c);
     case Algorithm::two_passes: break;
@@ -192,7 +205,8 @@ const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
 
 bool is_faster(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
-    case Algorithm::product: return true;
+    case Algorithm::product:
+    case Algorithm::direct: return true;
     case Algorithm::winograd: return is_winograd_faster(pass, c);
     case Algorithm::two_passes: break;
   }

@@ -43,11 +43,12 @@ enum class Pass { forward, backward };
 
 enum class Algorithm {
   product,     // own matrix product over channels, the centring on its way (pointwise.cpp, planar.cpp)
+  direct,      // depthwise convolutions, each map centred while it is in the cache (depthwise.cpp)
   winograd,    // own convolution by 3 x 3 taps in transformed tiles (winograd.cpp), then center
   two_passes,  // the library's convolution, then center; takes every layer
 };
 // In the order in which they are asked whether they take a layer.
-inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::winograd, Algorithm::two_passes};
+inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::direct, Algorithm::winograd, Algorithm::two_passes};
 
 const char* name_of(Algorithm algorithm);
 // Throws std::invalid_argument for an unknown name.

@@ -272,6 +272,97 @@ struct PlanarBackward {
   static constexpr int64_t kTransposed = 16;  // rows of the input transposed at once
 };
 
+// A depthwise convolution in two dimensions: one filter a channel, dilation one. The arithmetic is float32, so f64 has no
+// kernel. A task is a slot: a share of all vectors of channels of all samples, with its own part of `scratch`.
+struct Depthwise {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  bool centred;
+  // As Maps has it; they differ where the output has one pixel.
+  bool input_innermost, output_innermost;
+  int64_t samples, channels, slots;
+  int64_t size[2], output[2], kernel[2], stride[2], padding[2];
+  const float* weight;  // by pack_depthwise
+  const void* mean_scale;
+  float* scratch;
+
+  // Along a dimension of the kernel, and lanes of a vector.
+  static constexpr int64_t kMostTaps = 7, kMostLanes = 16;
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t pixels() const { return size[0] * size[1]; }
+  int64_t output_pixels() const { return output[0] * output[1]; }
+  int64_t padded_channels() const { return (channels + kMostLanes - 1) / kMostLanes * kMostLanes; }
+  // Columns of the padded row of the input that a row of outputs sees.
+  int64_t seen_columns() const { return (output[1] - 1) * stride[1] + kernel[1]; }
+  // Vectors of maps that are kept whole. Maps in rows of pixels are transposed in squares, which reach beyond the end.
+  int64_t flat_input() const { return input_innermost ? 0 : pixels() + kMostLanes; }
+  int64_t flat_output() const { return output_pixels() + kMostLanes; }
+};
+
+struct DepthwiseForward : Depthwise {
+  const void* input;
+  const void* residual;
+  const void* gain;
+  const void* bias;
+  void* output_memory;
+  void* map_mean;  // (N, C), of conv(input, gain * weight); null: not centred
+  void* pre_activation;
+  uint8_t* bits;
+
+  int64_t scratch_floats() const { return (kernel[0] * seen_columns() + flat_output() + flat_input()) * kMostLanes; }
+};
+
+struct DepthwiseBackward : Depthwise {
+  const void* grad_output;
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* input;  // null: no weight gradient
+  void* grad_input;
+  void* grad_residual;
+  void* sums;       // (N, C): sum of e
+  float* partials;  // (N, taps * padded channels): dw' of each sample
+
+  // Columns of the padded row of dz', and of them before the map's first.
+  int64_t left_columns() const {
+    const int64_t reach = kernel[1] - 1 - padding[1];
+    return reach > 0 ? (reach + stride[1] - 1) / stride[1] : 0;
+  }
+  int64_t error_columns() const {
+    const int64_t met = (size[1] - 1 + padding[1]) / stride[1] + 1;
+    return left_columns() + (met > output[1] ? met : output[1]);
+  }
+  int64_t scratch_floats() const {
+    return (kernel[0] * error_columns() + seen_columns() + size[1] + flat_output() + flat_input()) * kMostLanes;
+  }
+};
+
+// (channels, taps) weights to the order of kernels: vectors of channels, of each all taps, padded with zeros.
+struct PackDepthwise {
+  Dtype dtype;         // that the weights are rounded to
+  Dtype weight_dtype;  // the same, or f32
+  int64_t channels, taps;
+  const void* weight;
+  const void* gain;  // (channels), null for 1
+  float* packed;
+};
+
+// The samples' partials added up, projected and multiplied by the gain. Tasks are Depthwise::kMostLanes channels each.
+struct DepthwiseWeightGrad {
+  Dtype dtype;  // of weight and gradient
+  int64_t samples, channels, taps;
+  double projection;
+  const float* partials;
+  const void* weight;  // for `dots`
+  const void* gain;
+  void* grad;  // (channels, taps)
+  void* dots;  // (channels): sum of weight * dw', the gradient of gain; null: not wanted
+
+  int64_t tasks() const { return (channels + Depthwise::kMostLanes - 1) / Depthwise::kMostLanes; }
+  int64_t padded() const { return tasks() * Depthwise::kMostLanes * taps; }
+};
+
 // Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
 struct Kernels {
   const char* isa;
@@ -288,6 +379,11 @@ struct Kernels {
   bool pointwise_bf16;
   void (*planar_forward)(const PlanarForward&, int64_t begin, int64_t end);
   void (*planar_backward)(const PlanarBackward&, int64_t begin, int64_t end);
+  // Null where vectors are no faster than the library.
+  void (*depthwise_forward)(const DepthwiseForward&, int64_t begin, int64_t end);
+  void (*depthwise_backward)(const DepthwiseBackward&, int64_t begin, int64_t end);
+  void (*pack_depthwise)(const PackDepthwise&);
+  void (*depthwise_weight_grad)(const DepthwiseWeightGrad&, int64_t begin, int64_t end);
 };
 
 // Channels of a task never exceed this, so that the vectors of one task lie on the stack.
