@@ -24,8 +24,8 @@ from .rows import Row, Run, UnknownFormatError
 
 HELP = "fit the planner's table of costs to the layers that were measured on CPUs"
 RESULTS = Path(__file__).with_name("results")
-_LEAST_LAYERS = 3
-"""A fit has up to three numbers."""
+_LEAST_LAYERS = 4
+"""A fit has up to three numbers; with no more layers than that it would seem to have no error."""
 _SHAPES = {str(shape): shape for shapes in SETS.values() for shape in shapes}
 
 
