@@ -159,6 +159,7 @@ def extension(cuda: bool) -> Extension:
     # Plans are made without a GPU.
     patterns = [
         "csrc/*.cpp",
+        "csrc/autograd/*.cpp",
         "csrc/cpu/*.cpp",
         *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else ["csrc/cuda/*plan*.cpp"]),
     ]
@@ -228,7 +229,7 @@ def main() -> None:
         ],
         # The bare name triton_kernels belongs to another project's package.
         package_dir={"deepcontrol_cuda.triton_kernels": "triton_kernels"},
-        package_data={"deepcontrol_cuda": ["measured.json", "proven.json", "py.typed"]},
+        package_data={"deepcontrol_cuda": ["costs.json", "measured.json", "proven.json", "py.typed"]},
         ext_modules=[] if no_extension else [extension(cuda)],
         cmdclass={"build_ext": BuildExtension},
     )

@@ -19,7 +19,8 @@ from deepcontrol_cuda.timing import Shape, Step, Times
 from . import peers, runner
 from .cases import SETS
 from .clock import Clock, race
-from .runner import Accuracy, Setting, WrongResultError
+from .rows import Accuracy
+from .runner import WrongResultError
 
 PEERS = ("conv_relu", "conv_bn_relu")
 # Where layers are only checked: every path of the ops is taken, with ends that are no whole vectors.
@@ -32,6 +33,18 @@ CHECKED = (
     Shape(3, 64, 7, 32, stride=2),
     Shape(32, 32, 3, 14, groups=32),
 )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``mode`` is "forward" or "training", forward and backward timed together."""
+
+    dtype: str
+    layout: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.layout}, {self.mode}"
 
 
 Inputs = list[tuple[Tensor, Tensor | None]]

@@ -35,9 +35,10 @@ from deepcontrol_cuda.training.table import markdown_table
 
 from . import convolutions, hardware, kernels, record, report
 from .clock import Clock, GpuClock
+from .convolutions import Setting
 from .kernels import Case, Measured
-from .report import Verdict
-from .runner import Accuracy, Setting, WrongResultError
+from .rows import Accuracy, Verdict
+from .runner import WrongResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without it cuBLAS is not deterministic, and torch refuses it in the tests that fill new memory with NaN.

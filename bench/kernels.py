@@ -14,7 +14,8 @@ from deepcontrol_cuda._ops import channels_innermost, memory_format, unpack_bits
 from deepcontrol_cuda.timing import Times
 
 from .clock import Clock, race
-from .runner import Accuracy, WrongResultError
+from .rows import Accuracy
+from .runner import WrongResultError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("channels_last", "contiguous")
@@ -291,6 +292,16 @@ def timed() -> list[Case]:
     return required + kernels + [case for setting in others for case in _timed(*setting, 64, few)]
 
 
+def of_maps(ops: Sequence[str], dtype: str, layout: str, batch: int, maps: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Every variant of ``ops`` on ``maps``, channels by pixels a side; those on kernels have one case, ResNet-50's."""
+    for op in ops:
+        kind = _KINDS[op]
+        shapes = [()] if issubclass(kind, _Kernels) else [(batch, channels, size, size) for channels, size in maps]
+        for shape in shapes:
+            for variant in kind.VARIANTS:
+                yield Case(op, variant, dtype, layout, shape)
+
+
 def _timed(dtype: str, layout: str, batch: int, maps: Sequence[tuple[int, int]]) -> Iterator[Case]:
     for channels, size in maps:
         shape = (batch, channels, size, size)
@@ -329,7 +340,13 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def measure(case: Case, library, clock: Clock, rounds: int) -> Measured:
-    """Check a case, then time it against a copy of as many bytes; raises ``WrongResultError``.
+    """Check a case, then time it against a copy of as many bytes; raises ``WrongResultError``."""
+    accuracy, found = contestants(case, library, clock)
+    return Measured(case, accuracy, case.bytes, race(clock, found, rounds))
+
+
+def contestants(case: Case, library, clock: Clock) -> tuple[Accuracy, dict[str, list[Callable[[], object]]]]:
+    """Error and calls of a case, ``kernel``, and of a ``copy`` of as many bytes; raises ``WrongResultError``.
 
     Both go through as many buffers as the cache cannot hold.
     """
@@ -337,10 +354,11 @@ def measure(case: Case, library, clock: Clock, rounds: int) -> Measured:
     works = [_KINDS[case.op](case, library, _Maker(case, clock.device, seed)) for seed in range(sets)]
     accuracy = _check(works[0], case)
     copies = [_copy(case.bytes // 2, clock.device) for _ in range(sets)]
-    return Measured(case, accuracy, case.bytes, race(clock, {"kernel": works, "copy": copies}, rounds))
+    return accuracy, {"kernel": works, "copy": copies}
 
 
 def _copy(size: int, device: str) -> Callable[[], Tensor]:
-    source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
+    # As float32, which PyTorch copies faster than single bytes.
+    source = torch.rand(max(1, size // 4), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +16,28 @@ from deepcontrol_cuda import _ops, backends
 from deepcontrol_cuda.timing import Shape
 from deepcontrol_cuda.training.table import markdown_table
 
+from . import options
 from .cases import SETS
 
+HELP = "print what layers should take on an H100: counted from bytes and operations, not measured"
 BATCH = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=WAYS, default="cuda", help="default: cuda")
+    parser.add_argument("--set", choices=SETS, default="resnet50_all", help="shapes (default: resnet50_all)")
+    parser.add_argument("--batch", type=options.positive, default=BATCH, help=f"default: {BATCH}")
+
+
+def run(asked: argparse.Namespace) -> int:
+    if asked.backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise options.MissingError(
+            "predict asks the Triton kernels what they would do; install triton: pip install 'triton>=3.5'"
+        )
+    if asked.backend == "cuda" and _ops.unavailable is not None:
+        raise options.MissingError(f"predict asks the extension what its kernels would do: {_ops.unavailable}")
+    print(table(asked.backend, SETS[asked.set], asked.batch))
+    return 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One JSON file per run: the machine, the versions, the conditions and every number."""
+"""One JSON file per run: the machine, the versions, the conditions and every number, as ``rows.Run`` has them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from deepcontrol_cuda import __version__, _ops
 from deepcontrol_cuda.training.conditions import commit, cpu_model
+
+from . import report
+from .rows import FORMAT, Ceilings, Row, Run, Setting, Verdict
 
 _THREADS = ("GOMP_", "KMP_", "MKL_", "OMP_")
 _ALLOCATION = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_")
@@ -98,6 +102,7 @@ def collect(command: str, **conditions: object) -> dict[str, object]:
     """Everything about a run but its results; to be called before it, for the machine's load."""
     found = commit()
     return {
+        "format": FORMAT,
         "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -112,12 +117,80 @@ def collect(command: str, **conditions: object) -> dict[str, object]:
     }
 
 
+class Recording:
+    """A run that is written when it ends, however it ends, if there is something to write.
+
+    Attributes:
+        rows, ceilings, content: to be filled, as in ``rows.Run``.
+        wrong: what was refused because its results are wrong.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        output: Path,
+        verdicts: Callable[[Sequence[Row]], Sequence[Verdict]] = lambda rows: (),
+        device: str = "cpu",
+        **conditions: object,
+    ) -> None:
+        self.output = output
+        self.rows: list[Row] = []
+        self.ceilings: list[Ceilings] = []
+        self.content: dict[str, object] = {}
+        self.wrong: list[str] = []
+        self.verdicts: Sequence[Verdict] = ()
+        self._judge = verdicts
+        self._skipped: dict[tuple[str, str], list[tuple[str, Setting]]] = {}
+        self._head = collect(command, device=device, **conditions) | ({"gpu": gpu()} if device == "cuda" else {})
+
+    def skip(self, peer: str, reason: str, case: str, setting: Setting) -> bool:
+        """Keep the reason why a peer has no time; False where it is known from other rows."""
+        cells = self._skipped.setdefault((peer, reason), [])
+        cells.append((case, setting))
+        return len(cells) == 1
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """By peer where it has no times at all, else by "peer: case" or, where that says too much, with the setting."""
+        timed = {(peer, row.case) for row in self.rows for peer in row.seconds}
+        found = {}
+        for (peer, reason), cells in self._skipped.items():
+            for case, setting in cells:
+                if not any(name == peer for name, _ in timed):
+                    where = ""
+                else:
+                    where = f": {case}" if (peer, case) not in timed else f": {case}, {setting}"
+                found.setdefault(peer + where, reason)
+        return found
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.verdicts = self._judge(self.rows) if self.rows else self.verdicts
+        if not (self.rows or self.content):
+            return
+        head = dict(self._head)
+        head.pop("format")
+        content = self.content | ({"gpu": head.pop("gpu")} if "gpu" in head else {})
+        complete = kind is None and not self.wrong
+        run = Run(
+            **head, complete=complete, skipped=self.skipped, ceilings=tuple(self.ceilings), rows=tuple(self.rows),
+            verdicts=tuple(self.verdicts), content=content,
+        )  # fmt: skip
+        path = write(run.to_json(), self.output)
+        if self.verdicts:
+            print(f"\n{report.verdicts_table(self.verdicts)}\n")
+        print(f"Written to {path}" + ("" if complete else ", incomplete"))
+
+
 def write(record: dict[str, object], folder: Path) -> Path:
     """Write ``record`` under a name made of its date, GPU or processor, and command; no earlier run is overwritten."""
     kind, name = ("gpu", record["gpu"]["name"]) if "gpu" in record else ("cpu", record["machine"]["cpu"])
     name = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
     stem = f"{record['date']}_{kind}_{name}_{record['command']}"
-    text = json.dumps(record, indent=1) + "\n"
+    # A list of numbers is a line.
+    text = re.sub(r"\[[^][{}\"]+\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=1)) + "\n"
     number = 1
     while True:
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}_{number}.json")

@@ -1,14 +1,16 @@
-"""Tables of what was timed, and the verdict against the targets."""
+"""Tables of what was timed, and the verdicts against the targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from statistics import geometric_mean
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 
 from deepcontrol_cuda.training.table import markdown_table
 
-from .runner import Row, Setting
+from . import bootstrap
+from .bootstrap import Interval
+from .rows import Row, Setting, Verdict
 
 # The CPU rows of the targets; they are set for the shapes of resnet50 at batch 8.
 _GEOMETRIC_MEAN_OVER_CONV_RELU = 1.00
@@ -16,75 +18,87 @@ _WORST_OVER_CONV_RELU = 1.10
 _BATCH_NORM_OVER_OURS = {"float32": 1.3, "bfloat16": 1.4}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A measured number and, where one is set, its target and whether it is reached."""
-
-    what: str
-    value: float
-    target: str = "-"
-    reached: bool | None = None
+def at_most(what: str, found: float | Interval, target: float) -> Verdict:
+    return _verdict(what, found, f"<= {target:.2f}", lambda value: value <= target)
 
 
-def at_most(what: str, value: float, target: float) -> Verdict:
-    return Verdict(what, value, f"<= {target:.2f}", value <= target)
+def at_least(what: str, found: float | Interval, target: float) -> Verdict:
+    return _verdict(what, found, f">= {target:.2f}", lambda value: value >= target)
 
 
-def at_least(what: str, value: float, target: float) -> Verdict:
-    return Verdict(what, value, f">= {target:.2f}", value >= target)
+def without_target(what: str, found: float | Interval) -> Verdict:
+    return _verdict(what, found, None, lambda value: None)
 
 
-def rows_table(rows: list[Row]) -> str:
-    """Markdown, for rows of one setting: every time with its quartiles, over conv_relu, and the errors of ours."""
-    lines = [["layer", "peer", "ms", "quartiles", "/ conv_relu", "error", "budget"]]
+def _verdict(what: str, found: float | Interval, target: str | None, reached) -> Verdict:
+    if isinstance(found, Interval):
+        return Verdict(what, found.value, found.low, found.high, target, reached(found.value))
+    return Verdict(what, found, target=target, reached=reached(found))
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """Markdown, for rows of one setting: times with quartiles, ratios with intervals, the largest errors of ours."""
+    lines = [["case", "peer", "ms", "quartiles", "rounds", f"/ {rows[0].baseline}", "interval", "error", "budget"]]
     for row in rows:
-        worst = max(row.accuracies.values(), key=lambda accuracy: accuracy.error / accuracy.budget)
-        for peer, times in row.times.items():
-            quartiles = f"{_milliseconds(times.lower_quartile)} to {_milliseconds(times.upper_quartile)}"
-            checked = [f"{worst.error:.1e}", f"{worst.budget:.1e}"] if peer == "ours" else ["", ""]
-            ratio = f"{row.ratio(peer, 'conv_relu'):.2f}"
-            lines.append([row.shape, peer, _milliseconds(times.median), quartiles, ratio, *checked])
-    for peer in rows[0].times if len(rows) > 1 else ():
-        ratio = geometric_mean(row.ratio(peer, "conv_relu") for row in rows)
-        lines.append(["geometric mean", peer, "", "", f"{ratio:.2f}", "", ""])
+        for peer, seconds in row.seconds.items():
+            times = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+            lower, median, upper = map(_milliseconds, times)
+            ratio = row.ratio(peer)
+            errors = [found for found in row.accuracies.get(peer, {}).values() if found.budget > 0]
+            worst = max(errors, key=lambda accuracy: accuracy.error / accuracy.budget, default=None)
+            lines.append([
+                row.case, peer, median, f"{lower} to {upper}", str(len(seconds)), f"{ratio.value:.3f}",
+                f"{ratio.low:.3f} to {ratio.high:.3f}",
+                *(["", ""] if worst is None else [f"{worst.error:.1e}", f"{worst.budget:.1e}"]),
+            ])  # fmt: skip
+    common = [peer for peer in rows[0].seconds if all(peer in row.seconds for row in rows)]
+    for peer in common if len(rows) > 1 else ():
+        ratio = math.exp(statistics.mean(math.log(statistics.median(row.ratios(peer))) for row in rows))
+        lines.append(["geometric mean", peer, "", "", "", f"{ratio:.3f}", "", "", ""])
     return markdown_table(lines)
 
 
-def verdicts(rows: list[Row]) -> list[Verdict]:
-    """Ours against ``conv_relu`` and Batch Norm against ours, for each setting.
-
-    The worst shape has a target in channels_last, Batch Norm over ours in training.
-    """
-    found = []
-    for setting in dict.fromkeys(row.setting for row in rows):
-        found += _verdicts(setting, [row for row in rows if row.setting == setting])
+def by_setting(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
+    found: dict[Setting, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.setting, []).append(row)
     return found
 
 
-def _verdicts(setting: Setting, rows: list[Row]) -> list[Verdict]:
-    ratios = {row.shape: row.ratio("ours", "conv_relu") for row in rows}
-    mean = geometric_mean(ratios.values())
-    worst = max(ratios, key=ratios.__getitem__)
-    found = [at_most(f"{setting}: ours / conv_relu, geometric mean", mean, _GEOMETRIC_MEAN_OVER_CONV_RELU)]
-    what = f"{setting}: ours / conv_relu, worst ({worst})"
-    if setting.layout == "channels_last":
-        found.append(at_most(what, ratios[worst], _WORST_OVER_CONV_RELU))
-    else:
-        found.append(Verdict(what, ratios[worst]))
-    if "conv_bn_relu" in rows[0].times:
-        over_ours = geometric_mean(row.ratio("conv_bn_relu", "ours") for row in rows)
-        what = f"{setting}: conv_bn_relu / ours, geometric mean"
-        if setting.mode == "training":
-            found.append(at_least(what, over_ours, _BATCH_NORM_OVER_OURS[setting.dtype]))
-        else:
-            found.append(Verdict(what, over_ours))
+def layer_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """For each setting ours against ``conv_relu`` and, in training with a target, Batch Norm against ours."""
+    found = []
+    for setting, some in by_setting(rows).items():
+        if ours := [row for row in some if {"ours", "conv_relu"} <= row.seconds.keys()]:
+            ratios = [row.ratios("ours", "conv_relu") for row in ours]
+            what = f"{setting}: ours / conv_relu"
+            mean = bootstrap.geometric_mean(ratios)
+            found.append(at_most(f"{what}, geometric mean", mean, _GEOMETRIC_MEAN_OVER_CONV_RELU))
+            found.append(at_most(f"{what}, worst", bootstrap.largest(ratios), _WORST_OVER_CONV_RELU))
+        if ours := [row for row in some if {"ours", "conv_bn_relu"} <= row.seconds.keys()]:
+            mean = bootstrap.geometric_mean([row.ratios("conv_bn_relu", "ours") for row in ours])
+            what = f"{setting}: conv_bn_relu / ours, geometric mean"
+            target = _BATCH_NORM_OVER_OURS[setting.dtype]
+            found.append(at_least(what, mean, target) if setting.mode == "training" else without_target(what, mean))
+    return found
+
+
+def row_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """Of each row ours against its baseline and Batch Norm against ours; nothing has a target."""
+    found = []
+    for row in rows:
+        for peer, to in (("ours", row.baseline), ("conv_bn_relu", "ours")):
+            if {peer, to} <= row.seconds.keys() and peer != to:
+                found.append(without_target(f"{row.case}, {row.setting}: {peer} / {to}", row.ratio(peer, to)))
     return found
 
 
 def verdicts_table(found: Iterable[Verdict]) -> str:
-    lines = [["what", "measured", "target", "verdict"]]
+    lines = [["what", "measured", "interval", "target", "verdict"]]
     words = {None: "-", True: "reached", False: "missed"}
-    lines += [[v.what, f"{v.value:.3f}", v.target, words[v.reached]] for v in found]
+    for verdict in found:
+        interval = "-" if verdict.low is None else f"{verdict.low:.3f} to {verdict.high:.3f}"
+        lines.append([verdict.what, f"{verdict.value:.3f}", interval, verdict.target or "-", words[verdict.reached]])
     return markdown_table(lines)
 
 

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <tuple>
+
 #include "cpu/conv_plan.h"
 #include "cpu/kernels.h"
 #include "cuda/conv_plan.h"
@@ -69,23 +72,60 @@ static deepcontrol::Windows windows_of(int64_t samples, int64_t channels, int64_
   return windows;
 }
 
-static py::dict plan_conv_cpu(int64_t rank, int64_t samples, int64_t channels, int64_t filters, int64_t groups,
-                              const Three& size, const Three& kernel, const Three& stride, const Three& padding,
-                              const Three& dilation, const std::string& dtype, bool channels_last, bool centred,
-                              int64_t threads) {
-  using namespace deepcontrol::cpu;
+static deepcontrol::cpu::ConvCase cpu_case(int64_t rank, int64_t samples, int64_t channels, int64_t filters, int64_t groups,
+                                           const Three& size, const Three& kernel, const Three& stride,
+                                           const Three& padding, const Three& dilation, const std::string& dtype,
+                                           bool channels_last, int64_t threads) {
   check(threads > 0, "threads: wanted a positive integer");
   const auto windows = windows_of(samples, channels, filters, groups, size, kernel, stride, padding, dilation);
-  const ConvCase c{dtype_named(dtype), rank, samples, channels, filters, groups, windows, channels_last, centred, threads};
+  return {dtype_named(dtype), rank, samples, channels, filters, groups, windows, channels_last, true, threads};
+}
+
+static deepcontrol::cpu::Pass pass_named(const std::string& name) {
+  check(name == "forward" || name == "backward", "pass: got '" + name + "', wanted 'forward' or 'backward'");
+  return name == "forward" ? deepcontrol::cpu::Pass::forward : deepcontrol::cpu::Pass::backward;
+}
+
+static py::dict plan_of(const deepcontrol::cpu::ConvCase& c) {
+  using namespace deepcontrol::cpu;
+  constexpr std::array sources{"preferred", "timed", "predicted", "rule"};
   py::dict result;
-  for (const auto& [name, pass] : {std::pair{"forward", Pass::forward}, std::pair{"backward", Pass::backward}}) {
-    py::dict of_pass, obstacles;
-    for (const Algorithm algorithm : kAlgorithms) obstacles[name_of(algorithm)] = why_not(algorithm, pass, c);
+  for (const char* name : {"forward", "backward"}) {
+    const Pass pass = pass_named(name);
+    py::dict of_pass, obstacles, seconds;
+    for (const Algorithm algorithm : kAlgorithms) {
+      obstacles[name_of(algorithm)] = why_not(algorithm, pass, c);
+      seconds[name_of(algorithm)] = predicted_seconds(algorithm, pass, c);
+    }
+    const Choice choice = choose(pass, c);
     of_pass["obstacles"] = obstacles;
-    of_pass["chosen"] = name_of(choose(pass, c));
+    of_pass["seconds"] = seconds;
+    of_pass["chosen"] = name_of(choice.algorithm);
+    of_pass["source"] = sources[size_t(choice.source)];
+    of_pass["operations"] = operations_of(pass, c);
+    of_pass["bytes"] = bytes_of(pass, c);
     result[name] = of_pass;
   }
+  result["kind"] = name_of(kind_of(c));
   return result;
+}
+
+using CostRow =
+    std::tuple<std::string, std::string, std::string, bool, std::string, int64_t, double, double, double, double>;
+
+static void set_costs_cpu(const std::vector<CostRow>& rows) {
+  using namespace deepcontrol::cpu;
+  std::vector<Cost> costs;
+  for (const auto& [algorithm, pass, dtype, channels_last, kind, threads, fixed, per_operation, per_byte, error] :
+       rows) {
+    const auto is_named = [name = std::string_view(kind)](Kind one) { return name == name_of(one); };
+    const auto found = std::find_if(kKinds.begin(), kKinds.end(), is_named);
+    check(found != kKinds.end(), "kind: got '" + kind + "', wanted 1x1, 3x3, depthwise or other");
+    check(threads > 0, "threads: wanted a positive integer");
+    costs.push_back({parse_algorithm(algorithm), pass_named(pass), dtype_named(dtype), channels_last, *found, threads, fixed,
+                     per_operation, per_byte, error});
+  }
+  set_costs(costs);
 }
 
 static py::dict plan_conv(int64_t samples, int64_t channels, int64_t filters, int64_t groups, const Three& size,
@@ -175,14 +215,26 @@ PYBIND11_MODULE(_C, m) {
         "`lanes` threads along a row, `part` pixels each, `parts` to a map, as a cluster or in two launches. The GPU "
         "is given by compute capability (90 for 9.0), multiprocessors and bytes of shared memory a block; no GPU is "
         "needed.");
-  m.def("plan_conv_cpu", plan_conv_cpu, "rank"_a, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a,
-        "stride"_a, "padding"_a, "dilation"_a, "dtype"_a, "channels_last"_a, "centred"_a, "threads"_a,
+  py::class_<deepcontrol::cpu::ConvCase>(m, "ConvCase", "A convolution on a CPU.")
+      .def(py::init(&cpu_case), "rank"_a, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a,
+           "stride"_a, "padding"_a, "dilation"_a, "dtype"_a, "channels_last"_a, "threads"_a,
+           "`rank` is the number of spatial dimensions; sizes are triples, (1, H, W) in two dimensions.");
+  m.def("plan_conv_cpu", plan_of, "case"_a,
         "For each pass of a convolution on this CPU, \"forward\" and \"backward\": under `obstacles` every algorithm with "
-        "None or the reason why it does not take the layer, and the one that is `chosen`. `rank` is the number of spatial "
-        "dimensions, sizes are triples, (1, H, W) in two dimensions. Raises RuntimeError where the preferred algorithm "
-        "does not take the layer.");
-  m.def("prefer_algorithm_cpu", deepcontrol::cpu::prefer_algorithm, "name"_a,
-        "One algorithm for every convolution on the CPU, \"\" for automatic choice.");
+        "None or the reason why it does not take the layer, under `seconds` what the table of costs predicts for it, or "
+        "None, the one that is `chosen` and by which `source`, and the layer's `operations` and `bytes`; and the `kind` of "
+        "layer. Raises RuntimeError where the preferred algorithm does not take the layer.");
+  m.def("prefer_algorithm_cpu", deepcontrol::cpu::prefer_algorithm, "name"_a, "of_thread"_a = false,
+        "One algorithm for every convolution on the CPU, or for those of this thread, \"\" for automatic choice.");
+  m.def("set_costs_cpu", set_costs_cpu, "rows"_a,
+        "The table of costs: (algorithm, pass, dtype, channels_last, kind, threads, seconds, seconds an operation, seconds a "
+        "byte, relative error) for each row.");
+  m.def("remember_fastest_cpu",
+        [](const deepcontrol::cpu::ConvCase& c, const std::string& pass, const std::string& algorithm) {
+          deepcontrol::cpu::remember_fastest(pass_named(pass), c, deepcontrol::cpu::parse_algorithm(algorithm));
+        },
+        "case"_a, "pass"_a, "algorithm"_a, "The algorithm that a pass of this very layer takes from now on.");
+  m.def("forget_fastest_cpu", deepcontrol::cpu::forget_fastest, "Undoes remember_fastest_cpu.");
   m.def("plan_conv", plan_conv, "samples"_a, "channels"_a, "filters"_a, "groups"_a, "size"_a, "kernel"_a, "stride"_a,
         "padding"_a, "dilation"_a, "dtype"_a = "bfloat16", "channels_innermost"_a = true, "centred"_a = true,
         "tf32"_a = true, "capability"_a = 90, "processors"_a = 132, "shared_memory"_a = 232448, "sm90a"_a = true,

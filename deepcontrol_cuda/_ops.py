@@ -129,6 +129,14 @@ class Ops(NamedTuple):
     conv_center: OpOverload
     conv_center_backward: OpOverload
     project_kernel_gradients_: OpOverload
+    namespace: str
+
+
+class Nodes(NamedTuple):
+    """The ops of ``csrc/autograd/functions.cpp``, which record a call of another namespace for backward."""
+
+    center: OpOverload
+    conv_center: OpOverload
 
 
 _bound: dict[str, Ops] = {}
@@ -139,7 +147,7 @@ def bind(namespace: str) -> Ops:
     if namespace not in _bound:
         _register_fakes(namespace)
         library = getattr(torch.ops, namespace)
-        _bound[namespace] = Ops(*(getattr(library, name).default for name in Ops._fields))
+        _bound[namespace] = Ops(*(getattr(library, name).default for name in Ops._fields[:-1]), namespace)
     return _bound[namespace]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops, measured, proven
+from . import _ops, costs, measured, proven, tuning
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 """``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are the compiled extension's kernels; ``triton``
@@ -24,6 +25,10 @@ are kernels that Triton compiles when they are first needed."""
 
 ROUND_WEIGHTS = ("cpu",)
 """Their convolutions take a float32 weight beside a 16-bit input, round it themselves and return a float32 gradient."""
+
+tune: bool = os.environ.get("DEEPCONTROL_TUNE") == "1"
+"""Whether the first call of each layer times the algorithms that take it and keeps the fastest (``tuning``); here on
+CPUs. What was timed holds until the process ends."""
 
 _VARIABLE = "DEEPCONTROL_BACKEND"
 _LEAST_CAPABILITY = (8, 0)
@@ -169,6 +174,7 @@ ALGORITHMS = {
     },
     "cpu": {
         "product": "a matrix product with the centring on its way",
+        "direct": "one direct pass that holds each map",
         "winograd": "a convolution of transformed tiles (Winograd) and then center",
         "two passes": "two passes, oneDNN's convolution and then center",
     },
@@ -178,31 +184,33 @@ ALGORITHMS = {
 
 
 def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
-    kernels = f"{_ops.extension.info()['isa']} kernels"
-    if op != "conv_center" or weight is None:
-        return f"{kernels} around oneDNN"
-    plan = _plan_cpu(input, weight, geometry)
-    texts = [f"{name} by {ALGORITHMS['cpu'][plan[name]['chosen']]}" for name in ("forward", "backward")]
-    return f"{kernels}, {', '.join(texts)}"
+    return f"{_ops.extension.info()['isa']} kernels around oneDNN"
 
 
-def _plan_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, dict]:
-    """``_C.plan_conv_cpu`` of a centred layer."""
+def _case_cpu(input: Tensor, weight: Tensor, geometry: Geometry):
+    """``_C.ConvCase`` of a layer."""
+    return _ops.extension.ConvCase(
+        *_sizes(input, weight, geometry),
+        _name(input.dtype),
+        _layout(input, weight) == "channels_last",
+        torch.get_num_threads(),
+    )
+
+
+def _sizes(input: Tensor, weight: Tensor, geometry: Geometry) -> tuple:
+    """Spatial dimensions, samples, channels, filters, groups, and triples: maps, kernel, stride, padding, dilation."""
     stride, padding, dilation, groups = geometry
     rank = input.dim() - 2
-    fill = [1] * (3 - rank)
-    spatial = ([*fill, *sizes] for sizes in (input.shape[2:], weight.shape[2:], stride))
-    return _ops.extension.plan_conv_cpu(
-        rank,
-        *(input.shape[0], input.shape[1], weight.shape[0], groups),
-        *spatial,
-        [0] * (3 - rank) + list(padding),
-        [*fill, *dilation],
-        dtype=str(input.dtype).removeprefix("torch."),
-        channels_last=_layout(input, weight) == "channels_last",
-        centred=True,
-        threads=torch.get_num_threads(),
-    )
+    ones, zeros = [1] * (3 - rank), [0] * (3 - rank)
+    triples = ([*ones, *sizes] for sizes in (input.shape[2:], weight.shape[2:], stride))
+    return (
+        rank, input.shape[0], input.shape[1], weight.shape[0], groups,
+        *triples, [*zeros, *padding], [*ones, *dilation],
+    )  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _PREDICTED = "predicted fastest from bytes and operations, not timed"
@@ -211,7 +219,7 @@ _PREDICTED = "predicted fastest from bytes and operations, not timed"
 def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
     if op != "conv_center" or weight is None:
         return "one pass" if op != "conv_center" else "one pass for convolutions that its kernels take"
-    chosen = torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
+    chosen = _algorithm_on_gpu(input, weight, geometry)
     why = "preferred" if "cuda" in _algorithms else _PREDICTED
     if "cuda" not in _algorithms:
         *place, layer = _key(input, op, weight, geometry[0])
@@ -219,6 +227,10 @@ def _describe_cuda(op: str, input: Tensor, weight: Tensor | None, geometry: Geom
         if timed is not None and timed.algorithm == chosen:
             why = f"the fastest that {timed.result} has for this layer"
     return f"{ALGORITHMS['cuda'][chosen]} ({why})"
+
+
+def _algorithm_on_gpu(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    return torch.ops.deepcontrol.conv_algorithm(input, weight, *geometry)
 
 
 def _describe_triton(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
@@ -247,6 +259,25 @@ _register(
     _describe_triton,
     _triton_digest,
 )
+
+
+_costs: tuple[costs.Cost, ...] = ()
+
+
+def _read_costs() -> None:
+    """Makes the table of costs what the extension chooses by."""
+    global _costs
+    if _ops.extension is None:
+        return
+    try:
+        isa = _ops.extension.info()["isa"]
+    except RuntimeError:  # DEEPCONTROL_ISA names another processor's; the first call says so
+        return
+    _costs = tuple(cost for cost in costs.read_or_warn(costs.FILE) if (cost.backend, cost.hardware) == ("cpu", isa))
+    costs.tell_extension(_costs, ALGORITHMS["cpu"])
+
+
+_read_costs()
 
 
 def _checked(name: str, origin: str) -> str:
@@ -399,6 +430,53 @@ def _automatic_on_cpu() -> str:
     return "reference"
 
 
+# What was timed or looked up in this process.
+_timed: dict[str, tuning.Timed | None] = {}
+_cache: tuning.Cache | None = None
+
+
+def time_layer(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """Find the fastest algorithms of a layer on a CPU, unless they are known or nothing may be timed now."""
+    if input.device.type != "cpu" or "cpu" in _algorithms or not tuning.may_time(input, weight):
+        return
+    layer = _layer_text(input, weight, geometry)
+    if layer in _timed:
+        return
+    case = _case_cpu(input, weight, geometry)
+    plan = _ops.extension.plan_conv_cpu(case)
+    possible = {
+        name: [algorithm for algorithm, obstacle in plan[name]["obstacles"].items() if obstacle is None]
+        for name in tuning.PASSES
+    }
+    if all(len(algorithms) == 1 for algorithms in possible.values()):
+        _timed[layer] = None
+        return
+    cache = _timed_before()
+    timed = cache.known.get(layer)
+    if timed is None or any(getattr(timed, name).keys() != set(possible[name]) for name in possible):
+        timed = tuning.time_on_cpu(input, weight, geometry, possible)
+        cache.add(layer, timed)
+    _timed[layer] = timed
+    for name in tuning.PASSES:
+        _ops.extension.remember_fastest_cpu(case, name, timed.fastest(name))
+
+
+def _timed_before() -> tuning.Cache:
+    global _cache
+    if _cache is None:
+        _cache = tuning.Cache(tuning.folder(), tuning.situation())
+    return _cache
+
+
+def _layer_text(input: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    sizes = ("x".join(map(str, values)) for values in (input.shape, weight.shape, *geometry[:3]))
+    names = ("input", "weight", "stride", "padding", "dilation")
+    parts = [f"{name} {size}" for name, size in zip(names, sizes)]
+    threads = torch.get_num_threads()
+    head = f"{_name(input.dtype)}, {_layout(input, weight)}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return ", ".join([head, *parts, f"groups {geometry[3]}"])
+
+
 # The next two ask the driver and read a file, which torch.compile cannot trace: it takes their results for constants.
 @torch.compiler.assume_constant_result
 def _obstacle(name: str, index: int | None) -> str | None:
@@ -451,7 +529,7 @@ def _place(index: int, dtype: torch.dtype, layout: str, layer: _Layer) -> tuple[
     """As in ``measured.Time``."""
     (filters, channels, *kernel), stride, groups = layer
     text = measured.layer(kernel, channels * groups, filters, stride, groups)
-    return _dotted(_gpu(index).capability), str(dtype).removeprefix("torch."), layout, text
+    return _dotted(_gpu(index).capability), _name(dtype), layout, text
 
 
 def _measured_times() -> tuple[measured.Time, ...]:
@@ -491,7 +569,7 @@ def _proof(backend: str, index: int, op: str, dtype: torch.dtype, layout: str) -
     if _proofs is None:
         _proofs = {proof.key: proof for proof in proven.read_or_warn(proven.FILE)}
     capability = _dotted(_gpu(index).capability)
-    name = str(dtype).removeprefix("torch.")
+    name = _name(dtype)
     found = [_proofs.get((backend, part, name, layout, capability)) for part in _PARTS[op]]
     if None in found:
         return f"not proven on compute capability {capability} for {name}, {layout} yet: run make gpu"
@@ -512,6 +590,9 @@ def explain(
 ) -> str:
     """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``.
 
+    With a weight, "cpu" and "cuda" have a line for each algorithm: what it costs, or why it does not take the layer. On
+    a CPU that is as ``tune`` timed it or the table of costs predicts it, on a GPU counted from bytes and operations.
+
     Args:
         stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
     """
@@ -519,11 +600,84 @@ def explain(
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(_PARTS)}")
     name = choose(input, requested, op, weight, stride)
     why = _why(name, input, requested, op, weight, stride)
-    detail = ""
-    if name in _compiled:
-        each = (_each(values, input) for values in (stride, padding, dilation))
-        detail = _compiled[name].describe(op, input, weight, (*each, groups))
-    return f"{name}, {detail}: {why}" if detail else f"{name}: {why}"
+    if name not in _compiled:
+        return f"{name}: {why}"
+    geometry = (*(_each(values, input) for values in (stride, padding, dilation)), groups)
+    detail = _compiled[name].describe(op, input, weight, geometry)
+    lines = [f"{name}, {detail}: {why}" if detail else f"{name}: {why}"]
+    if op == "conv_center" and weight is not None and name in _CANDIDATES:
+        lines += _CANDIDATES[name](input, weight, geometry)
+    return "\n".join(lines)
+
+
+_SOURCES = {
+    "preferred": "preferred",
+    "timed": "the fastest that was timed here",
+    "predicted": "predicted to be the fastest",
+    "rule": "by rule",
+}
+
+
+def _candidates_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
+    """A line for each pass and algorithm: what it costs and from where that is known, or why it does not take it."""
+    plan = _ops.extension.plan_conv_cpu(_case_cpu(input, weight, geometry))
+    timed = _timed.get(_layer_text(input, weight, geometry))
+    width = max(map(len, ALGORITHMS["cpu"]))
+    lines = []
+    for mode in tuning.PASSES:
+        of_pass = plan[mode]
+        for algorithm, obstacle in of_pass["obstacles"].items():
+            head = f"  {mode:8}  {algorithm:{width}}  "
+            if obstacle is not None:
+                lines.append(f"{head}does not take it: {obstacle}")
+                continue
+            if timed is not None:
+                cost = f"{_duration(getattr(timed, mode)[algorithm])}, timed here"
+            elif (seconds := of_pass["seconds"][algorithm]) is not None:
+                cost = f"{_duration(seconds)}, predicted {_origin(input, weight, plan['kind'], mode, algorithm)}"
+            else:
+                cost = "cost unknown"
+            chosen = f"; chosen, {_SOURCES[of_pass['source']]}" if algorithm == of_pass["chosen"] else ""
+            lines.append(head + cost + chosen)
+    return lines
+
+
+def _candidates_on_gpu(input: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
+    """The same of the forward pass by backend "cuda"."""
+    gpu = torch.cuda.get_device_properties(input.device)
+    plan = _ops.extension.plan_conv(
+        *_sizes(input, weight, geometry)[1:],
+        dtype=_name(input.dtype),
+        channels_innermost=_layout(input, weight) == "channels_last",
+        tf32=torch.backends.cudnn.allow_tf32,
+        capability=10 * gpu.major + gpu.minor,
+        processors=gpu.multi_processor_count,
+        shared_memory=gpu.shared_memory_per_block_optin,
+    )
+    chosen = _algorithm_on_gpu(input, weight, geometry)
+    width = max(map(len, ALGORITHMS["cuda"]))
+    lines = []
+    for algorithm, way in plan["algorithms"].items():
+        found = f"does not take it: {way}" if isinstance(way, str) else f"{_duration(way['seconds'])}, predicted"
+        lines.append(f"  forward   {algorithm:{width}}  {found}{'; chosen' if algorithm == chosen else ''}")
+    return lines
+
+
+_CANDIDATES = {"cpu": _candidates_on_cpu, "cuda": _candidates_on_gpu}
+
+
+def _origin(input: Tensor, weight: Tensor, kind: str, mode: str, algorithm: str) -> str:
+    """Of a predicted cost: how far off it is, and the measurements that it is fitted to."""
+    place = (_name(input.dtype), _layout(input, weight), kind, mode, algorithm)
+    rows = [cost for cost in _costs if (cost.dtype, cost.layout, cost.kind, cost.mode, cost.algorithm) == place]
+    # As in nearest_table of csrc/cpu/conv_plan.cpp.
+    row = min(rows, key=lambda row: abs(math.log(row.threads / torch.get_num_threads())))
+    threads = "" if row.threads == torch.get_num_threads() else f" with {row.threads} threads"
+    return f"(median error {row.error:.0%}, from {row.results}{threads})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def _why(name: str, input: Tensor, requested: str | None, op: str, weight: Tensor | None, stride: Sequence[int]) -> str:

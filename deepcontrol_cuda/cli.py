@@ -85,7 +85,8 @@ def _info(options: argparse.Namespace) -> int:
         rows[f"chosen on {device}"] = _would_do(None, device)
     width = max(map(len, rows))
     for key, value in rows.items():
-        print(f"{key.ljust(width)}  {value}")
+        indented = value.replace("\n", "\n" + " " * width)
+        print(f"{key.ljust(width)}  {indented}")
     return 0
 
 
@@ -104,8 +105,12 @@ def _would_do(backend: str | None, device: str) -> str:
         found = backends.explain(images, backend, weight=weight, padding=1)
     except RuntimeError as error:  # one is asked for that does not run there, or the GPU is full
         return str(error)
+    if backend is None:
+        return found
+    # What each algorithm costs stands where the choice does.
     return (
-        found.removeprefix(f"{backend}, ")
+        found.partition("\n")[0]
+        .removeprefix(f"{backend}, ")
         .replace(": asked for by the call; ", ": ")
         .removesuffix(": asked for by the call")
     )

@@ -70,7 +70,7 @@ def deep_control(
     return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope, backend)
 
 
-def _deep_control_conv(
+def deep_control_conv(
     rank: int,
     input: Tensor,
     weight: Tensor,
@@ -87,6 +87,7 @@ def _deep_control_conv(
     projection: float,
     backend: str | None,
 ) -> Tensor:
+    """``deep_control_conv1d``, ``2d`` or ``3d`` by rank: modules call it without one more frame."""
     _check_tensors(input=input, weight=weight, residual=residual)
     weight_dtype = input.dtype
     if _autocasting(input):
@@ -112,6 +113,8 @@ def _deep_control_conv(
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
     backend = backends.choose(input, backend, "conv_center", weight, stride)
+    if backends.tune and backend == "cpu" and not torch.compiler.is_compiling():
+        backends.time_layer(input, weight, (stride, padding, dilation, groups))
     if weight_dtype != input.dtype and backend not in backends.ROUND_WEIGHTS:
         weight = weight.to(input.dtype)
     if backend == "reference":
@@ -144,7 +147,7 @@ def deep_control_conv1d(
     backend: str | None = None,
 ) -> Tensor:
     """``deep_control(conv1d(input, weight), ...)`` on (N, C, L); see ``deep_control_conv2d``."""
-    return _deep_control_conv(
+    return deep_control_conv(
         1, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
@@ -198,7 +201,7 @@ def deep_control_conv2d(
         TypeError, ValueError: an argument does not fit; the message says what was given and what is wanted.
         RuntimeError: the backend asked for cannot run.
     """
-    return _deep_control_conv(
+    return deep_control_conv(
         2, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
@@ -222,7 +225,7 @@ def deep_control_conv3d(
     backend: str | None = None,
 ) -> Tensor:
     """``deep_control(conv3d(input, weight), ...)`` on (N, C, D, H, W); see ``deep_control_conv2d``."""
-    return _deep_control_conv(
+    return deep_control_conv(
         3, input, weight, gain, mean_scale, bias, stride, padding, dilation, groups, residual, activation,
         negative_slope, projection, backend,
     )  # fmt: skip
@@ -289,11 +292,13 @@ def _traced(formula: Callable[..., Tensor], input: Tensor, backend: str | None) 
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of gain, mean_scale and bias, by that of the input.
+_VECTOR_DTYPES = {dtype: (dtype,) if dtype.itemsize > 2 else (torch.float32, dtype) for dtype in _FLOATING}
 
 
 def _autocasting(input: Tensor) -> bool:
     device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
@@ -350,7 +355,7 @@ def _check_companion(name: str, tensor: Tensor, input: Tensor, dtypes: tuple[tor
 def _check_vectors(
     input: Tensor, channels: int, gain: Tensor | None, mean_scale: Tensor | float | None, bias: Tensor | None
 ) -> None:
-    dtypes = (input.dtype,) if input.dtype.itemsize > 2 else (torch.float32, input.dtype)
+    dtypes, device = _VECTOR_DTYPES[input.dtype], input.device
     for name, vector in (("gain", gain), ("mean_scale", mean_scale), ("bias", bias)):
         if vector is None:
             continue
@@ -362,7 +367,8 @@ def _check_vectors(
         shape = vector.shape
         if len(shape) != 1 or (shape[0] != channels and shape[0] != 1):
             raise ValueError(f"{name}: got shape {tuple(shape)}, wanted ({channels},) or (1,)")
-        _check_companion(name, vector, input, dtypes)
+        if vector.dtype not in dtypes or vector.device != device:
+            _check_companion(name, vector, input, dtypes)
 
 
 def _check_weight(input: Tensor, weight: Tensor, rank: int, groups: int, dtype: torch.dtype) -> None:

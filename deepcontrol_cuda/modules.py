@@ -163,7 +163,7 @@ class DeepControl3d(_DeepControl):
 class _FusedConv:
     """What all fused convolutions add to ``torch.nn.Conv1d/2d/3d``; the bias is added behind the gain.
 
-    ``_functional`` is the op, ``_gain_and_mean_scale()`` gives its second and third vector.
+    ``_spatial_rank`` is that of its maps, ``_gain_and_mean_scale()`` gives the op's first two vectors.
     """
 
     def __init__(
@@ -184,10 +184,9 @@ class _FusedConv:
             input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         gain, mean_scale = self._gain_and_mean_scale()
-        return type(self)._functional(
-            input, self.weight, gain, mean_scale, self.bias, self.stride, padding, self.dilation, self.groups,
-            residual=residual, activation=self.activation, negative_slope=self.negative_slope,
-            projection=self.projection, backend=self.backend,
+        return functional.deep_control_conv(
+            self._spatial_rank, input, self.weight, gain, mean_scale, self.bias, self.stride, padding, self.dilation,
+            self.groups, residual, self.activation, self.negative_slope, self.projection, self.backend,
         )  # fmt: skip
 
 
@@ -258,17 +257,17 @@ _CONV_DOC = """Convolution with Deep Control: drop-in for ``torch.nn.Conv{rank}d
 
 class DeepControlConv1d(_DeepControlConv, nn.Conv1d):
     __doc__ = _CONV_DOC.format(rank=1, shape="(N, C, L)")
-    _functional = staticmethod(functional.deep_control_conv1d)
+    _spatial_rank = 1
 
 
 class DeepControlConv2d(_DeepControlConv, nn.Conv2d):
     __doc__ = _CONV_DOC.format(rank=2, shape="(N, C, H, W)")
-    _functional = staticmethod(functional.deep_control_conv2d)
+    _spatial_rank = 2
 
 
 class DeepControlConv3d(_DeepControlConv, nn.Conv3d):
     __doc__ = _CONV_DOC.format(rank=3, shape="(N, C, D, H, W)")
-    _functional = staticmethod(functional.deep_control_conv3d)
+    _spatial_rank = 3
 
 
 class _MeanShiftConv(_FusedConv):
@@ -382,17 +381,17 @@ _MEAN_SHIFT_DOC = """Convolution by scaled kernels of mean zero, where conv + Ba
 
 class MeanShiftConv1d(_MeanShiftConv, nn.Conv1d):
     __doc__ = _MEAN_SHIFT_DOC.format(rank=1, shape="(N, C, L)")
-    _functional = staticmethod(functional.deep_control_conv1d)
+    _spatial_rank = 1
 
 
 class MeanShiftConv2d(_MeanShiftConv, nn.Conv2d):
     __doc__ = _MEAN_SHIFT_DOC.format(rank=2, shape="(N, C, H, W)")
-    _functional = staticmethod(functional.deep_control_conv2d)
+    _spatial_rank = 2
 
 
 class MeanShiftConv3d(_MeanShiftConv, nn.Conv3d):
     __doc__ = _MEAN_SHIFT_DOC.format(rank=3, shape="(N, C, D, H, W)")
-    _functional = staticmethod(functional.deep_control_conv3d)
+    _spatial_rank = 3
 
 
 class MapNoise(nn.Module):

@@ -1,4 +1,4 @@
-"""JSON files of rows: what ``make gpu`` writes and the planner reads."""
+"""JSON files of rows: what ``make gpu`` and ``python -m bench costs`` write and the planner reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+_KINDS = {"float": float, "int": int}
 
 
 class Table(NamedTuple):
@@ -22,7 +24,7 @@ class Table(NamedTuple):
 
     def read(self, path: Path) -> tuple[Any, ...]:
         """The rows of a file; ``ValueError`` or ``OSError`` where it is not one of ours."""
-        kinds = {field.name: float if field.type == "float" else str for field in fields(self.row)}
+        kinds = {field.name: _KINDS.get(field.type, str) for field in fields(self.row)}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != self.format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,10 @@ from conftest import ON_GPUS, library, memory_format, on_every_backend, on_refer
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import _ops, activations
+from deepcontrol_cuda import _ops, activations, autograd
 
 F = dc.functional
 CONVS = {1: F.deep_control_conv1d, 2: F.deep_control_conv2d, 3: F.deep_control_conv3d}
@@ -466,29 +468,38 @@ def test_autocast_of_another_device_does_not_matter(backend):
     assert y.dtype == torch.float32
 
 
+class SaveFlags(TorchDispatchMode):
+    """Notes of each forward op whether it is to keep what backward needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.flags = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "deepcontrol_autograd":  # seen in inference mode only, else taken apart before
+            with self:
+                return op.decompose(*args, **(kwargs or {}))
+        if op.name().split("::")[1] in ("center", "conv_center"):
+            self.flags.append(args[-1])
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad_nothing_is_kept(backend, monkeypatch, mode):
+def test_without_grad_nothing_is_kept(backend, mode):
     leaves = list(operands(dtype=torch.float32).values())
     x = leaf(2, 4, 3, 4, dtype=torch.float32)
-    flags = []
-    own = dc.backends.ops[backend]
-
-    def watched(op):
-        return lambda *a: flags.append(a[-1]) or op(*a)
-
-    watching = own._replace(center=watched(own.center), conv_center=watched(own.conv_center))
-    monkeypatch.setitem(dc.backends.ops, backend, watching)
     calls = (
         lambda: conv(activation="gelu", backend=backend)(*leaves),
         lambda: F.deep_control(x, activation="relu", backend=backend),
     )
-    for call in calls:
-        wanted = call()
-        with mode():
-            got = call()
-        assert torch.equal(got, wanted)
-        assert not got.requires_grad
-    assert flags == [True, False, True, False], "whether backward's share is computed"
+    with SaveFlags() as recorded:
+        for call in calls:
+            wanted = call()
+            with mode():
+                got = call()
+            assert torch.equal(got, wanted)
+            assert not got.requires_grad
+    assert recorded.flags == [True, False, True, False], "whether backward's share is computed"
 
 
 class Saved:
@@ -559,14 +570,89 @@ def test_backward_twice_through_a_retained_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_an_input_changed_in_place_is_noticed(backend):
-    """The input is kept for the weight's gradient, so autograd must refuse a graph whose input changed."""
+def test_backward_through_a_freed_graph_is_refused(backend):
+    leaves = list(operands().values())
+    y = conv(activation="relu", backend=backend)(*leaves)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "gain", "mean_scale"])
+def test_a_change_in_place_of_what_is_kept_is_noticed(backend, name):
     leaves = operands()
-    x = leaves.pop("input").clone()
-    y = conv(backend=backend)(x, *leaves.values())
-    x.mul_(2)
+    leaves[name] = leaves[name].clone()
+    y = conv(backend=backend)(*leaves.values())
+    leaves[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def first_and_second(function, leaves):
+    """The output, its gradients and theirs."""
+    y = function(*leaves)
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    return [y, *first, *torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)]
+
+
+@pytest.mark.parametrize("activation", ["identity", "leaky_relu", "gelu"])
+def test_nodes_in_python_do_what_those_in_the_extension_do(backend, activation, monkeypatch):
+    """torch.compile traces them, and Triton without the extension has no others."""
+    control = (leaf(2, 4, 3, 2), leaf(4), leaf(1), leaf(1), leaf(2, 4, 3, 2))
+    for call, leaves in ((conv, tuple(operands(vector=1).values())), (center, control)):
+        results = []
+        for nodes in (autograd._nodes, None):
+            monkeypatch.setattr(autograd, "_nodes", nodes)
+            results.append(first_and_second(call(activation=activation, backend=backend), leaves))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_hooks(backend):
+    """On the node, on what it keeps, and on the gradients of leaves."""
+    leaves = operands()
+    wanted = torch.autograd.grad(conv(activation="relu", backend=backend)(*leaves.values()).sum(), leaves.values())
+    seen = []
+    leaves["bias"].register_hook(lambda grad: seen.append(grad))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        y = conv(activation="relu", backend=backend)(*leaves.values())
+    y.grad_fn.register_prehook(lambda grads: (grads[0] * 2, *grads[1:]))
+    y.grad_fn.register_hook(lambda grads, _: seen.append(grads[0]))
+    y.sum().backward()
+    assert len(seen) == 2
+    for grad, leaf in zip(wanted, leaves.values()):
+        torch.testing.assert_close(leaf.grad, 2 * grad, rtol=1e-12, atol=1e-12)
+
+
+def test_forward_and_backward_in_several_threads(backend):
+    """One layer, a batch of its own in each thread: gradients arrive as if they had come one after the other."""
+    layer = dc.DeepControlConv2d(4, 4, 3, padding=1, activation="relu", backend=backend).double()
+    batches = torch.randn(16, 2, 4, 5, 5, dtype=torch.float64)
+
+    def gradients(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradients, batches))
+    for x, got in zip(batches, together):
+        for a, b in zip(got, gradients(x)):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(backend):
+    """Over samples, and over gradients of the output in backward."""
+    layer = dc.DeepControl2d(4, activation="silu", backend=backend)
+    x = torch.randn(3, 2, 4, 5, 5, requires_grad=True)
+    seeds = torch.randn(2, 3, 2, 4, 5, 5)
+    each, mapped = torch.stack([layer(part) for part in x]), torch.func.vmap(layer)(x)
+    torch.testing.assert_close(mapped, each)
+    leaves = [x, *layer.parameters()]
+    for y in (each, mapped):
+        batched = torch.autograd.grad(y, leaves, seeds, is_grads_batched=True, retain_graph=True)
+        one_by_one = zip(*(torch.autograd.grad(y, leaves, seed, retain_graph=True) for seed in seeds))
+        for a, b in zip(batched, one_by_one):
+            torch.testing.assert_close(a, torch.stack(b))
 
 
 def test_gradients_of_a_loss_that_mixes_orders(backend):

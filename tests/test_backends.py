@@ -536,7 +536,8 @@ POINTWISE = torch.ones(4, 2, 1, 1)
 
 
 def plan_of(x, weight, padding=0):
-    return backends._plan_cpu(x, weight, ((1, 1), (padding, padding), (1, 1), 1))
+    case = backends._case_cpu(x, weight, ((1, 1), (padding, padding), (1, 1), 1))
+    return _ops.extension.plan_conv_cpu(case)
 
 
 def test_the_extension_has_the_algorithms_that_are_named_here():
@@ -577,3 +578,16 @@ def test_a_backward_pass_that_an_algorithm_does_not_take_is_that_of_two_passes(p
         assert plan_of(x, POINTWISE)["backward"]["chosen"] == "two passes"
         dc.functional.deep_control_conv2d(x, POINTWISE, mean_scale=0.0).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 4.0))
+
+
+def test_explain_has_every_algorithm_of_a_gpu(machine, monkeypatch):
+    machine(table=proofs(*OPS))
+    h100 = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    monkeypatch.setattr(backends, "_algorithm_on_gpu", lambda *_: "two passes")
+    head, *lines = backends.explain(on_gpu(), weight=on_gpu(shape=(16, 8, 3, 3)), padding=1).splitlines()
+    assert head.startswith(f"cuda, {backends.ALGORITHMS['cuda']['two passes']} (predicted fastest")
+    found = {line[12:22].strip(): line[24:] for line in lines}
+    assert found.keys() == backends.ALGORITHMS["cuda"].keys()
+    assert re.fullmatch(r"[\d.]+ us, predicted; chosen", found["two passes"])
+    assert found["held sm90"] == "does not take it: maps are too small to take their means"

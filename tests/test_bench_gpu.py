@@ -18,9 +18,11 @@ pytest.importorskip("tqdm")
 from bench import convolutions, gpu, hardware, kernels, record, sanitize_gpu
 from bench.__main__ import main
 from bench.clock import WallClock, race
+from bench.convolutions import Setting
 from bench.gpu import Findings, Outcome
 from bench.kernels import Case
-from bench.runner import Accuracy, Setting, WrongResultError
+from bench.rows import Accuracy
+from bench.runner import WrongResultError
 from deepcontrol_cuda import backends, measured, proven
 from deepcontrol_cuda.timing import Shape, summarize
 

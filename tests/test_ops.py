@@ -204,9 +204,12 @@ def test_conv_center(backend, dtype, channels_last, rank, activation, poisoned_m
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 @pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
-def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, poisoned_memory):
-    """Kernels of their own on the CPU: tails of every panel, row tile and slot, more rows than one slot holds."""
+@layouts
+def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, channels_last, poisoned_memory):
+    """Kernels of their own on the CPU: tails of every panel, tile and slot, several tiles of a slot, parts of maps."""
     cases = ((8, 8, 3, 3), (64, 64, 5, 7), (66, 130, 15, 14), (2, 200, 4, 1), (130, 36, 4, 5), (34, 70, 1, 1))
+    if not channels_last:
+        cases = ((8, 8, 3, 3), (66, 130, 15, 14), (34, 70, 17, 19), (130, 36, 17, 19))
     for channels, filters, height, width in cases:
         if height * width == 1 and mean_scale is None:
             continue  # the output is the bias there: test_one_pixel_gives_the_bias
@@ -220,12 +223,13 @@ def test_convolution_by_one_tap(backend, dtype, activation, mean_scale, poisoned
         def function(x, w, gain, _, bias, residual, **arguments):
             return dc.functional.deep_control_conv2d(x, w, gain, mean_scale, bias, residual=residual, **arguments)
 
-        compare(function, tensors, dtype, True, seed, activation=activation, backend=backend)
+        compare(function, tensors, dtype, channels_last, seed, activation=activation, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("mean_scale", [None, 0.0], ids=("centred", "mean left in"))
-def test_strided_convolution_by_one_tap(backend, dtype, mean_scale, poisoned_memory):
+@layouts
+def test_strided_convolution_by_one_tap(backend, dtype, mean_scale, channels_last, poisoned_memory):
     """The pixels between those that the stride meets get no gradient."""
     for channels, filters, height, width, stride in (
         (34, 70, 15, 15, 2),
@@ -239,7 +243,7 @@ def test_strided_convolution_by_one_tap(backend, dtype, mean_scale, poisoned_mem
         def function(x, w, gain, _, bias, **arguments):
             return dc.functional.deep_control_conv2d(x, w, gain, mean_scale, bias, **arguments)
 
-        compare(function, tensors, dtype, True, seed, stride=stride, activation="relu", backend=backend)
+        compare(function, tensors, dtype, channels_last, seed, stride=stride, activation="relu", backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -269,11 +273,13 @@ def test_one_pixel_gives_the_bias(backend):
     assert (got - bias.view(1, 70, 1, 1)).abs().max() <= 2 * torch.finfo(torch.float32).eps * cancelled
 
 
+@layouts
 @pytest.mark.parametrize(("kernel", "fused"), [(1, True), (3, False)])
-def test_one_tap_needs_no_library_convolution(kernel, fused):
+def test_one_tap_needs_no_library_convolution(kernel, fused, channels_last):
     if dc._ops.extension.info()["isa"] == "portable":
         pytest.skip("the portable kernels have no matrix product")
-    x = torch.randn(2, 16, 24, 24).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(2, 16, 24, 24)
+    x = x.to(memory_format=memory_format(x, channels_last)).requires_grad_()
     w = torch.randn(32, 16, kernel, kernel, requires_grad=True)
     with torch.profiler.profile() as profile:
         dc.functional.deep_control_conv2d(x, w, activation="relu").sum().backward()
@@ -478,11 +484,13 @@ def test_sums_do_not_drift(backend, channels_last):
     assert (got - oracle).abs().max() < 4 * 1000 * torch.finfo(torch.float32).eps
 
 
+@layouts
 @pytest.mark.parametrize(("channels", "filters"), [(2048, 64), (64, 2048)])
-def test_long_sums_of_products_do_not_drift(channels, filters):
+def test_long_sums_of_products_do_not_drift(channels, filters, channels_last):
     """Of positive numbers, so that every rounding shows: one running float32 sum of 2048 is off by 20 epsilons here."""
     torch.manual_seed(0)
-    x = torch.rand(1, channels, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.rand(1, channels, 8, 8)
+    x = x.to(memory_format=memory_format(x, channels_last)).requires_grad_()
     weight = torch.rand(filters, channels, 1, 1)
     y = dc.functional.deep_control_conv2d(x, weight, mean_scale=0.0, backend="cpu")
     y.backward(grad := torch.rand_like(y))
@@ -508,6 +516,25 @@ def test_bit_equal_from_run_to_run(backend, channels_last, dtype):
         runs.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for repeat in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], repeat))
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_a_product_is_bit_equal_and_does_not_depend_on_the_batch(channels_last, dtype):
+    """Tiles of one tap's product hold as many maps as there are, or parts of a map."""
+    for size in (7, 14, 17):
+        x = torch.randn(6, 64, size, size).to(dtype)
+        x = x.contiguous(memory_format=memory_format(x, channels_last))
+        w, seed = torch.randn(34, 64, 1, 1).to(dtype), torch.randn(6, 34, size, size).to(dtype)
+        runs = []
+        for samples in (slice(6), slice(6), slice(4, 5)):
+            leaves = [x[samples].clone().requires_grad_(), w.clone().requires_grad_(), torch.rand(34).fill_(0.7)]
+            y = dc.functional.deep_control_conv2d(*leaves, activation="relu", backend="cpu")
+            y.backward(seed[samples])
+            runs.append((y.detach(), leaves[0].grad, leaves[1].grad))
+        first, again, alone = runs
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+        assert torch.equal(first[0][4:5], alone[0])
 
 
 @on_every_gpu

@@ -225,7 +225,8 @@ def test_wheel_from_sdist(wheel, unpacked_sdist, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.split("/")[0] for name in names}
     assert top_level == {"deepcontrol_cuda", f"deepcontrol_cuda-{deepcontrol_cuda.__version__}.dist-info"}
-    own = {f"deepcontrol_cuda/{name}" for name in ("_build_info.json", "measured.json", "proven.json", "py.typed")}
+    tables = ("costs.json", "measured.json", "proven.json")
+    own = {f"deepcontrol_cuda/{name}" for name in ("_build_info.json", *tables, "py.typed")}
     assert own <= set(names)
 
     python = make_environment(tmp_path / "venv")

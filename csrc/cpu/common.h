@@ -85,6 +85,26 @@ Tensor winograd_input_grad(const Tensor& grad_output, const Tensor& weight, at::
 Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::MemoryFormat format,
                             at::IntArrayRef padding);
 
+// The whole layer of a depthwise convolution in one pass. Everything is brought into `format`, the output's.
+Convolved direct_depthwise(const Tensor& input, const Tensor& weight, at::IntArrayRef output_sizes,
+                           at::MemoryFormat format, at::IntArrayRef stride, at::IntArrayRef padding, const Tensor& gain,
+                           const Tensor& mean_scale, double constant, const Tensor& bias, const OptionalTensor& residual,
+                           Activation activation, double slope, bool save);
+
+struct DepthwiseGrads {
+  Tensor grad_input;
+  Tensor grad_weight, grad_gain;  // of the layer: multiplied by the gain and projected
+  Tensor sums, grad_residual;
+};
+
+// Its backward pass.
+DepthwiseGrads direct_depthwise_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                         at::MemoryFormat format, at::IntArrayRef stride, at::IntArrayRef padding,
+                                         const Tensor& gain, const Tensor& mean_scale, double constant,
+                                         const Tensor& saved, Activation activation, double slope, double projection,
+                                         bool wants_input, bool wants_weight, bool wants_gain, bool wants_sums,
+                                         bool wants_residual);
+
 struct CenteredError {
   Tensor grad_input, grad_residual, sums, dots;
 };
@@ -102,6 +122,9 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
 
 // Sums over the samples: of `sums` into grad_bias and of -map_mean * sums into grad_mean_scale, each (C,) and only if asked.
 void reduce_samples(const Tensor& sums, const Tensor& map_mean, Tensor* grad_mean_scale, Tensor* grad_bias);
+
+// Multiplies the means (N, C) of maps by the gain (C,) of their channels, in place.
+void scale_means(const Tensor& map_mean, const Tensor& gain);
 
 // Divides, multiplies and projects in place; returns sum(weight * grad / divisor) if asked, else an undefined tensor.
 Tensor finish_weight_grad(const Tensor& grad, const Tensor& weight, const Tensor& factor, const Tensor& divisor,

@@ -17,6 +17,7 @@
 
 #include "common.h"
 #include "conv_plan.h"
+#include "pointwise.h"
 #include "workspace.h"
 
 namespace deepcontrol::cpu {
@@ -68,8 +69,13 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
   const bool is_centred = mean_scales.defined() || constant != 0.0;
   const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
   Tensor z;
-  switch (choose(Pass::forward, c)) {
+  switch (choose(Pass::forward, c).algorithm) {
     case Algorithm::product:
+      if (is_planar(c)) {
+        const Convolved result =
+            fused_planar(input, weight, stride, gains, mean_scales, constant, biases, residual, act, slope, save);
+        return {result.output, result.centred.map_mean, result.centred.saved};
+      }
       if (!is_centred || is_mean_of_input_cheaper(c)) {
         const Convolved result = fused_pointwise(input, weight, format, stride, gains, mean_scales, constant, biases,
                                                  residual, act, slope, save);
@@ -80,13 +86,18 @@ static std::tuple<Tensor, Tensor, Tensor> conv_center(
     case Algorithm::winograd:
       z = winograd_convolution(input, weight, format, padding);
       break;
+    case Algorithm::direct: {
+      const Convolved result = direct_depthwise(input, weight, sizes, format, stride, padding, gains, mean_scales, constant,
+                                                biases, residual, act, slope, save);
+      return {result.output, result.centred.map_mean, result.centred.saved};
+    }
     case Algorithm::two_passes:
       z = library_convolution(input, weight, format, stride, padding, dilation, groups);
       break;
   }
   const Centred centred =
       center_into(z, z, format, gains, mean_scales, constant, biases, residual, act, slope, save);
-  if (gains.defined() && is_centred) centred.map_mean.mul_(gains);
+  if (gains.defined() && is_centred) scale_means(centred.map_mean, gains);
   return {z, centred.map_mean, centred.saved};
 }
 
@@ -121,29 +132,46 @@ struct SplitGain {
 struct Backward {
   const Tensor& grad_output;
   const Tensor& input;
-  const Tensor& weight;  // that grad_input is computed with
+  const Tensor& weight;         // the layer's
+  const Tensor& scaled_weight;  // that grad_input is computed with, from dz' times `scale`
   at::MemoryFormat format;
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
+  const Tensor& gain;
   const Tensor& scale;  // of dz', and so of grad_weight
   const Tensor& mean_scale;
   double constant;
   const Tensor& saved;
   Activation activation;
   double slope;
-  bool wants_input, wants_weight, wants_residual, wants_sums;
+  double projection;
+  bool wants_input, wants_weight, wants_gain, wants_residual, wants_sums;
+
+  bool wants_product() const { return wants_weight || wants_gain; }
 };
 
 struct Gradients {
   Tensor input, weight;
   Tensor sums, residual;
+  Tensor gain = {};
+  bool is_finished = false;  // the gradient of the weight is the layer's, and so is that of the gain
 };
 
-static Gradients backward_of_product(const Backward& b) {
-  PointwiseGrads grads = fused_pointwise_backward(b.grad_output, b.input, b.weight, b.format, b.stride, b.scale,
-                                                  b.mean_scale, b.constant, b.saved, b.activation, b.slope,
-                                                  b.wants_input, b.wants_weight, b.wants_residual);
+static Gradients backward_of_product(const Backward& b, bool planar) {
+  PointwiseGrads grads =
+      planar ? fused_planar_backward(b.grad_output, b.input, b.scaled_weight, b.stride, b.scale, b.mean_scale, b.constant,
+                                     b.saved, b.activation, b.slope, b.wants_input, b.wants_product(), b.wants_residual)
+             : fused_pointwise_backward(b.grad_output, b.input, b.scaled_weight, b.format, b.stride, b.scale, b.mean_scale,
+                                        b.constant, b.saved, b.activation, b.slope, b.wants_input, b.wants_product(),
+                                        b.wants_residual);
   return {grads.grad_input, grads.grad_weight, grads.sums, grads.grad_residual};
+}
+
+static Gradients backward_of_direct(const Backward& b) {
+  DepthwiseGrads grads = direct_depthwise_backward(
+      b.grad_output, b.input, b.weight, b.format, b.stride, b.padding, b.gain, b.mean_scale, b.constant, b.saved,
+      b.activation, b.slope, b.projection, b.wants_input, b.wants_weight, b.wants_gain, b.wants_sums, b.wants_residual);
+  return {grads.grad_input, grads.grad_weight, grads.sums, grads.grad_residual, grads.grad_gain, true};
 }
 
 // Computes dz', which is `convolve`'s to read and no one's to keep, and calls it: convolve(dz', gradients).
@@ -163,15 +191,15 @@ static Gradients backward_around(const Backward& b, F&& convolve) {
 static Gradients backward_of_two_passes(const Backward& b, bool unfolds) {
   return backward_around(b, [&](const Tensor& error, Gradients& grads) {
     const std::vector<int64_t> no_output_padding(b.stride.size(), 0);
-    const bool by_library = b.wants_weight && !unfolds;
+    const bool by_library = b.wants_product() && !unfolds;
     if (b.wants_input || by_library) {
       std::tie(grads.input, grads.weight, std::ignore) = at::convolution_backward(
-          error, dense(b.input), b.weight.to(b.input.scalar_type()), std::nullopt, b.stride, b.padding, b.dilation, false,
+          error, dense(b.input), b.scaled_weight.to(b.input.scalar_type()), std::nullopt, b.stride, b.padding, b.dilation, false,
           no_output_padding, b.groups, {b.wants_input, by_library, false});
     }
     if (by_library) {
       grads.weight = grads.weight.to(b.weight.scalar_type());
-    } else if (b.wants_weight) {
+    } else if (b.wants_product()) {
       grads.weight = unfolded_weight_grad(error, b.input, b.weight, b.stride, b.padding, b.dilation);
     }
   });
@@ -179,8 +207,8 @@ static Gradients backward_of_two_passes(const Backward& b, bool unfolds) {
 
 static Gradients backward_of_winograd(const Backward& b) {
   return backward_around(b, [&](const Tensor& error, Gradients& grads) {
-    if (b.wants_input) grads.input = winograd_input_grad(error, b.weight, b.input.sizes(), b.format, b.padding);
-    if (b.wants_weight) grads.weight = winograd_weight_grad(error, b.input, b.weight, b.format, b.padding);
+    if (b.wants_input) grads.input = winograd_input_grad(error, b.scaled_weight, b.input.sizes(), b.format, b.padding);
+    if (b.wants_product()) grads.weight = winograd_weight_grad(error, b.input, b.weight, b.format, b.padding);
   });
 }
 
@@ -193,7 +221,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   const auto type = accumulation_type(input);
   const int64_t filters = weight.size(0);
   const bool wants_weight = mask[1] || mask[2], through_conv = mask[0] || wants_weight;
-  const SplitGain split(vector_of(gain, filters, type, "gain"), input.scalar_type());
+  const Tensor gains = vector_of(gain, filters, type, "gain");
+  const SplitGain split(gains, input.scalar_type());
   const Tensor mean_scales = vector_of(mean_scale, filters, type, "mean_scale");
   const auto format = format_of(input, weight);
   const auto act = parse_activation(activation);
@@ -211,10 +240,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
   if (through_conv) {
     const bool is_centred = mean_scales.defined() || constant != 0.0;
     const ConvCase c = case_of(input, weight, sizes, stride, padding, dilation, groups, format, is_centred);
-    const Backward b{grad_output, input, scaled_weight, format, stride, padding, dilation, groups, split.on_error,
-                     mean_scales, constant, saved, act, slope, mask[0], wants_weight, mask[5], wants_sums};
-    switch (choose(Pass::backward, c)) {
-      case Algorithm::product: grads = backward_of_product(b); break;
+    const Backward b{grad_output, input, weight, scaled_weight, format, stride, padding, dilation, groups, gains,
+                     split.on_error, mean_scales, constant, saved, act, slope, projection, mask[0], mask[1], mask[2],
+                     mask[5], wants_sums};
+    switch (choose(Pass::backward, c).algorithm) {
+      case Algorithm::product: grads = backward_of_product(b, is_planar(c)); break;
+      case Algorithm::direct: grads = backward_of_direct(b); break;
       case Algorithm::winograd: grads = backward_of_winograd(b); break;
       case Algorithm::two_passes: grads = backward_of_two_passes(b, is_unfolded_better(c)); break;
     }
@@ -224,18 +255,18 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_center_ba
     grads = {{}, {}, error.sums, error.grad_residual};
   }
 
-  Tensor grad_gain, grad_mean_scale, grad_bias;
+  Tensor grad_mean_scale, grad_bias;
   if (mask[0]) grads.input = grads.input.contiguous(format_of(input));
-  if (wants_weight) {
+  if (wants_weight && !grads.is_finished) {
     grads.weight = grads.weight.contiguous(format_of(weight));
-    grad_gain = finish_weight_grad(grads.weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
+    grads.gain = finish_weight_grad(grads.weight, weight, split.on_weight, split.on_error, mask[1] ? projection : 0.0,
                                    mask[2]);
     if (!mask[1]) grads.weight.reset();
   }
   if (wants_sums) {
     reduce_samples(grads.sums, map_mean, mask[3] ? &grad_mean_scale : nullptr, mask[4] ? &grad_bias : nullptr);
   }
-  return {grads.input, grads.weight, grad_gain, grad_mean_scale, grad_bias, grads.residual};
+  return {grads.input, grads.weight, grads.gain, grad_mean_scale, grad_bias, grads.residual};
 }
 
 TORCH_LIBRARY_IMPL(deepcontrol, CPU, m) {

@@ -1,8 +1,12 @@
 #include "conv_plan.h"
 
+#include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 
 #include "kernels.h"
 #include "winograd.h"
@@ -12,6 +16,87 @@ namespace {
 
 constexpr int kNone = -1;
 std::atomic<int> preferred{kNone};
+thread_local int preferred_of_thread = kNone;
+
+// Costs of one number of threads, by what they are of.
+class CostTable {
+ public:
+  void put(const Cost& cost) { at(cost.algorithm, cost.pass, cost.dtype, cost.channels_last, cost.kind) = cost; }
+  const Cost* find(Algorithm algorithm, Pass pass, const ConvCase& c) const {
+    const auto& found = const_cast<CostTable*>(this)->at(algorithm, pass, c.dtype, c.channels_last, kind_of(c));
+    return found ? &*found : nullptr;
+  }
+
+ private:
+  std::optional<Cost>& at(Algorithm algorithm, Pass pass, Dtype dtype, bool channels_last, Kind kind) {
+    return costs_[size_t(algorithm)][size_t(pass)][size_t(dtype)][channels_last][size_t(kind)];
+  }
+  std::optional<Cost> costs_[kAlgorithms.size()][2][4][2][kKinds.size()];
+};
+using CostTables = std::map<int64_t, CostTable>;
+// Those that were replaced stay, since another thread may still read them.
+std::atomic<const CostTables*> cost_tables{nullptr};
+
+const CostTable* nearest_table(int64_t threads) {
+  const CostTables* tables = cost_tables.load(std::memory_order_acquire);
+  if (!tables || tables->empty()) return nullptr;
+  const auto distance = [&](const auto& entry) {
+    return double(std::max(entry.first, threads)) / double(std::min(entry.first, threads));
+  };
+  auto best = tables->begin();
+  for (auto entry = tables->begin(); entry != tables->end(); ++entry) {
+    if (distance(*entry) < distance(*best)) best = entry;
+  }
+  return &best->second;
+}
+
+using Key = std::array<int64_t, 27>;
+
+Key key_of(Pass pass, const ConvCase& c) {
+  Key key{int64_t(pass), int64_t(c.dtype), c.rank, c.samples, c.channels, c.filters, c.groups, c.channels_last, c.threads};
+  size_t next = 9;
+  for (const auto& values : {c.windows.size, c.windows.output, c.windows.kernel, c.windows.stride, c.windows.padding,
+                             c.windows.dilation}) {
+    for (int d = 0; d < 3; ++d) key[next++] = values[d];
+  }
+  return key;
+}
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0;
+    for (const int64_t value : key) hash = (hash ^ uint64_t(value)) * 0x9E3779B97F4A7C15ull;
+    return size_t(hash ^ hash >> 32);
+  }
+};
+
+// The fastest that were timed.
+class Fastest {
+ public:
+  void remember(const Key& key, Algorithm algorithm) {
+    const std::lock_guard lock(mutex_);
+    known_[key] = algorithm;
+    any_ = true;
+  }
+  void forget() {
+    const std::lock_guard lock(mutex_);
+    known_.clear();
+    any_ = false;
+  }
+  std::optional<Algorithm> find(Pass pass, const ConvCase& c) const {
+    if (!any_.load(std::memory_order_relaxed)) return {};
+    const Key key = key_of(pass, c);
+    const std::lock_guard lock(mutex_);
+    const auto found = known_.find(key);
+    return found == known_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::unordered_map<Key, Algorithm, Hash> known_;
+  std::atomic<bool> any_{false};
+};
+Fastest fastest;
 
 // Why there is no matrix product by a (channels, filters) matrix.
 const char* why_no_product(Dtype dtype, int64_t channels, int64_t filters) {
@@ -39,7 +124,6 @@ const char* why_not_product(Pass pass, const ConvCase& c) {
   if (c.windows.taps() != 1) return "the kernel has more than one tap";
   if (c.is_padded()) return "the input is padded";
   if (c.is_empty()) return "there is nothing to compute";
-  if (!c.channels_last && c.input_pixels() > 1) return "the maps are not in channels_last";
   if (const char* obstacle = why_no_product(c.dtype, c.channels, c.filters)) return obstacle;
   return pass == Pass::backward ? why_no_product_backward(c) : nullptr;
 }
@@ -77,11 +161,33 @@ bool is_winograd_faster(Pass pass, const ConvCase& c) {
          double(products) >= (is_bfloat16 ? kLeastGainBFloat16 : kLeastGain) * double(left);
 }
 
+const char* why_not_direct(const ConvCase& c) {
+  if (c.groups != c.channels || c.filters != c.channels) return "it is not one filter a channel";
+  if (!kernels().depthwise_forward) return "the instruction set has no vectors for it";
+  if (c.rank != 2) return "the maps do not have two dimensions";
+  if (c.dtype == Dtype::f64) return "it computes in float32";
+  if (c.is_empty()) return "there is nothing to compute";
+  if (c.windows.dilation[1] != 1 || c.windows.dilation[2] != 1) return "the kernel is dilated";
+  if (std::max(c.windows.kernel[1], c.windows.kernel[2]) > Depthwise::kMostTaps) return "the kernel is too large";
+  return nullptr;
+}
+
+// From 10 layers of MobileNetV2: vectors that channels fill, maps that stay in the second-level cache as float32. Of larger
+// maps in channels_last only the backward pass at a stride, where the library takes two to five times as long.
+bool is_direct_faster(Pass pass, const ConvCase& c) {
+  constexpr int64_t kLeastChannels = 16, kMostPixels = 1 << 12, kMostPixelsOfPlanes = 1 << 14;
+  const int64_t pixels = std::max(c.pixels(), c.input_pixels());
+  if (c.channels < kLeastChannels || pixels > kMostPixelsOfPlanes) return false;
+  const bool at_stride = c.windows.stride[1] > 1 || c.windows.stride[2] > 1;
+  return !c.channels_last || pixels <= kMostPixels || (pass == Pass::backward && at_stride);
+}
+
 }  // namespace
 
 const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
     case Algorithm::product: return "product";
+    case Algorithm::direct: return "direct";
     case Algorithm::winograd: return "winograd";
     case Algorithm::two_passes: break;
   }
@@ -99,6 +205,7 @@ Algorithm parse_algorithm(std::string_view name) {
 
 const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
+    case Algorithm::direct: return why_not_direct(c);
     case Algorithm::product: return why_not_product(pass, c);
     case Algorithm::winograd: return why_not_winograd(c);
     case Algorithm::two_passes: break;
@@ -109,28 +216,110 @@ const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c) {
 bool is_faster(Algorithm algorithm, Pass pass, const ConvCase& c) {
   switch (algorithm) {
     case Algorithm::product: return true;
+    case Algorithm::direct: return is_direct_faster(pass, c);
     case Algorithm::winograd: return is_winograd_faster(pass, c);
     case Algorithm::two_passes: break;
   }
   return true;
 }
 
-Algorithm choose(Pass pass, const ConvCase& c) {
-  const int wanted = preferred.load(std::memory_order_relaxed);
-  if (wanted != kNone) {
-    const auto algorithm = Algorithm(wanted);
-    const char* obstacle = why_not(algorithm, pass, c);
-    if (!obstacle) return algorithm;
-    if (pass == Pass::backward) return Algorithm::two_passes;
-    throw std::runtime_error("algorithm '" + std::string(name_of(algorithm)) + "': " + obstacle);
+const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::pointwise: return "1x1";
+    case Kind::three_by_three: return "3x3";
+    case Kind::depthwise: return "depthwise";
+    case Kind::other: break;
   }
+  return "other";
+}
+
+Kind kind_of(const ConvCase& c) {
+  if (c.groups > 1) return c.groups == c.channels ? Kind::depthwise : Kind::other;
+  if (c.windows.taps() == 1) return Kind::pointwise;
+  const bool is_square = c.rank == 2 && c.windows.kernel[1] == 3 && c.windows.kernel[2] == 3;
+  return is_square && !c.is_strided() ? Kind::three_by_three : Kind::other;
+}
+
+double operations_of(Pass pass, const ConvCase& c) {
+  const double forward = 2.0 * double(c.rows()) * double(c.filters) * double(c.columns());
+  return pass == Pass::forward ? forward : 2 * forward;
+}
+
+// Forward reads input and weights and writes the output; backward reads the like of all three, a bit for each element that
+// tells where the activation let it pass, and writes both gradients.
+double bytes_of(Pass pass, const ConvCase& c) {
+  const double size = c.dtype == Dtype::f64 ? 8 : c.dtype == Dtype::f32 ? 4 : 2;
+  const double input = double(c.samples * c.channels) * double(c.input_pixels()), weights = double(c.weights());
+  const double output = double(c.rows()) * double(c.filters);
+  if (pass == Pass::forward) return (input + weights + output) * size;
+  return (output + 2 * input + 2 * weights) * size + output / 8;
+}
+
+void set_costs(const std::vector<Cost>& costs) {
+  auto* tables = new CostTables;
+  for (const Cost& cost : costs) (*tables)[cost.threads].put(cost);
+  cost_tables.store(tables, std::memory_order_release);
+}
+
+std::optional<double> predicted_seconds(Algorithm algorithm, Pass pass, const ConvCase& c) {
+  const CostTable* table = nearest_table(c.threads);
+  const Cost* cost = table ? table->find(algorithm, pass, c) : nullptr;
+  return cost ? std::optional(cost->seconds(c)) : std::nullopt;
+}
+
+void remember_fastest(Pass pass, const ConvCase& c, Algorithm algorithm) { fastest.remember(key_of(pass, c), algorithm); }
+
+void forget_fastest() { fastest.forget(); }
+
+static Algorithm by_rule(Pass pass, const ConvCase& c) {
   for (const Algorithm algorithm : kAlgorithms) {
     if (!why_not(algorithm, pass, c) && is_faster(algorithm, pass, c)) return algorithm;
   }
   return Algorithm::two_passes;
 }
 
-void prefer_algorithm(std::string_view name) { preferred = name.empty() ? kNone : int(parse_algorithm(name)); }
+// The least cost, where it is less than that of `other` by more than both may be wrong.
+static std::optional<Algorithm> cheaper_than(Algorithm other, Pass pass, const ConvCase& c) {
+  const CostTable* table = nearest_table(c.threads);
+  const Cost* known = table ? table->find(other, pass, c) : nullptr;
+  if (!known) return {};
+  const double most = known->seconds(c);
+  std::optional<Algorithm> best;
+  double least = most;
+  for (const Algorithm algorithm : kAlgorithms) {
+    const Cost* cost = algorithm == other ? nullptr : table->find(algorithm, pass, c);
+    if (!cost || cost->seconds(c) >= std::min(least, most * (1 - std::max(cost->error, known->error)))) continue;
+    if (why_not(algorithm, pass, c)) continue;
+    best = algorithm;
+    least = cost->seconds(c);
+  }
+  return best;
+}
+
+Choice choose(Pass pass, const ConvCase& c) {
+  const int of_thread = preferred_of_thread;
+  const int wanted = of_thread != kNone ? of_thread : preferred.load(std::memory_order_relaxed);
+  if (wanted != kNone) {
+    const auto algorithm = Algorithm(wanted);
+    const char* obstacle = why_not(algorithm, pass, c);
+    if (!obstacle) return {algorithm, Source::preferred};
+    if (pass == Pass::backward) return {Algorithm::two_passes, Source::preferred};
+    throw std::runtime_error("algorithm '" + std::string(name_of(algorithm)) + "': " + obstacle);
+  }
+  if (const auto timed = fastest.find(pass, c); timed && !why_not(*timed, pass, c)) return {*timed, Source::timed};
+  const Algorithm ruled = by_rule(pass, c);
+  if (const auto cheaper = cheaper_than(ruled, pass, c)) return {*cheaper, Source::predicted};
+  return {ruled, Source::rule};
+}
+
+void prefer_algorithm(std::string_view name, bool of_thread) {
+  const int wanted = name.empty() ? kNone : int(parse_algorithm(name));
+  if (of_thread) {
+    preferred_of_thread = wanted;
+  } else {
+    preferred = wanted;
+  }
+}
 
 bool is_unfolded_better(const ConvCase& c) {
   constexpr int64_t kLeastWeights = int64_t(1) << 21, kMostUnfolded = int64_t(1) << 24;

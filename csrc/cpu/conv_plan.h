@@ -1,13 +1,16 @@
 // Which algorithm runs each pass of a convolution on a CPU. Plain C++: all of it can be looked at without tensors.
 //
 // An algorithm is known here by its name, by why it does not take a layer and by the rule that says where it is faster than
-// two passes. conv_center.cpp runs it: one case of a switch forward, one backward.
+// two passes. conv_center.cpp runs it: one case of a switch forward, one backward. Rules are for layers of which nothing
+// was measured; before them go what was timed of the very layer and the table of costs (deepcontrol_cuda/costs.json).
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string_view>
+#include <vector>
 
 #include "../types.h"
 
@@ -28,6 +31,7 @@ struct ConvCase {
   constexpr int64_t rows() const { return samples * pixels(); }
   constexpr int64_t columns() const { return channels / groups * windows.taps(); }
   constexpr int64_t weights() const { return filters * columns(); }
+  constexpr bool is_strided() const { return windows.stride[0] * windows.stride[1] * windows.stride[2] > 1; }
   constexpr bool is_padded() const { return windows.padding[0] + windows.padding[1] + windows.padding[2] > 0; }
   constexpr bool is_empty() const {
     return samples * input_pixels() * weights() == 0 ||
@@ -38,12 +42,13 @@ struct ConvCase {
 enum class Pass { forward, backward };
 
 enum class Algorithm {
-  product,     // own matrix product over channels, the centring on its way (pointwise.cpp)
+  product,     // own matrix product over channels, the centring on its way (pointwise.cpp, planar.cpp)
+  direct,      // depthwise convolutions, each map centred while it is in the cache (depthwise.cpp)
   winograd,    // own convolution by 3 x 3 taps in transformed tiles (winograd.cpp), then center
   two_passes,  // the library's convolution, then center; takes every layer
 };
 // In the order in which they are asked whether they take a layer.
-inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::winograd, Algorithm::two_passes};
+inline constexpr std::array kAlgorithms{Algorithm::product, Algorithm::direct, Algorithm::winograd, Algorithm::two_passes};
 
 const char* name_of(Algorithm algorithm);
 // Throws std::invalid_argument for an unknown name.
@@ -54,13 +59,58 @@ const char* why_not(Algorithm algorithm, Pass pass, const ConvCase& c);
 // Whether an algorithm that takes a pass of a layer is faster there than two passes.
 bool is_faster(Algorithm algorithm, Pass pass, const ConvCase& c);
 
-// The algorithm that a pass takes: the one that is preferred, else the first that takes the layer and is faster. Throws
-// std::runtime_error where the preferred one does not take the forward pass; a backward pass that it does not take is that
-// of two passes. Costs some nanoseconds.
-Algorithm choose(Pass pass, const ConvCase& c);
+enum class Kind { pointwise, three_by_three, depthwise, other };
 
-// One algorithm for every convolution of the process, by name; "" for automatic choice.
-void prefer_algorithm(std::string_view name);
+inline constexpr std::array kKinds{Kind::pointwise, Kind::three_by_three, Kind::depthwise, Kind::other};
+const char* name_of(Kind kind);
+Kind kind_of(const ConvCase& c);
+
+// What a pass of a layer must compute, two for a multiply-add, and move at least.
+double operations_of(Pass pass, const ConvCase& c);
+double bytes_of(Pass pass, const ConvCase& c);
+
+// Seconds of an algorithm, fitted to what was measured of layers of one kind.
+struct Cost {
+  Algorithm algorithm;
+  Pass pass;
+  Dtype dtype;
+  bool channels_last;
+  Kind kind;
+  int64_t threads;
+  double fixed, per_operation, per_byte;
+  double error;  // of what it gives, relative, half of the time more
+
+  double seconds(const ConvCase& c) const {
+    return fixed + per_operation * operations_of(pass, c) + per_byte * bytes_of(pass, c);
+  }
+};
+// The table of this processor's instruction set; it replaces the one before.
+void set_costs(const std::vector<Cost>& costs);
+// By the table, from the row whose number of threads is nearest.
+std::optional<double> predicted_seconds(Algorithm algorithm, Pass pass, const ConvCase& c);
+
+// What was timed of a very layer; centred or not, it is the same one.
+void remember_fastest(Pass pass, const ConvCase& c, Algorithm algorithm);
+void forget_fastest();
+
+enum class Source { preferred, timed, predicted, rule };
+
+struct Choice {
+  Algorithm algorithm;
+  Source source;
+};
+// The algorithm that a pass takes: the one that is preferred, else the fastest that was timed, else the first that takes the
+// layer and by rule is faster, unless another one costs less by more than the error of the costs. Throws std::runtime_error
+// where the preferred one does not take the forward pass; a backward pass that it does not take is that of two passes.
+// Takes some tens of nanoseconds.
+Choice choose(Pass pass, const ConvCase& c);
+
+// One algorithm for every convolution of the process, or of the calling thread alone, by name; "" for automatic choice. The
+// thread's goes before the process's.
+void prefer_algorithm(std::string_view name, bool of_thread);
+
+// Product: whether rows are filters and columns pixels (planar.cpp); one pixel lies the same in every layout.
+constexpr bool is_planar(const ConvCase& c) { return !c.channels_last && c.input_pixels() > 1; }
 
 // Product: whether the means of the input's maps, from which those of the output follow, are fewer; one pass then does the
 // layer.

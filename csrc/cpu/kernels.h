@@ -2,6 +2,7 @@
 // instruction set. Plain pointers and sizes only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../types.h"
@@ -166,6 +167,202 @@ struct PointwiseMean {
   void* map_mean;
 };
 
+// The pixels of all samples cut for a product in contiguous layout: whole maps of neighbouring samples where maps are
+// small, else parts of one map.
+struct PlanarTile {
+  int64_t sample, samples;
+  int64_t pixel, pixels;  // of each map
+
+  int64_t columns() const { return samples * pixels; }
+};
+struct PlanarTiles {
+  int64_t samples, pixels;
+  int64_t count;
+
+  PlanarTiles(int64_t samples, int64_t pixels, int64_t slots) : samples(samples), pixels(pixels) {
+    if (!has_whole_maps()) {
+      count = samples * parts();
+      return;
+    }
+    const int64_t least = (samples + kMost / pixels - 1) / (kMost / pixels);
+    count = std::min(samples, (least + slots - 1) / slots * slots);
+  }
+  static bool has_whole_maps(int64_t pixels) { return pixels <= kMost; }
+  bool has_whole_maps() const { return has_whole_maps(pixels); }
+  PlanarTile at(int64_t tile) const {
+    if (has_whole_maps()) {
+      const int64_t first = samples * tile / count;
+      return {first, samples * (tile + 1) / count - first, 0, pixels};
+    }
+    // Parts begin at whole panels, and so at whole bytes of bits.
+    const int64_t part = tile % parts(), first = panels() * part / parts() * kPanel;
+    const int64_t last = std::min(pixels, panels() * (part + 1) / parts() * kPanel);
+    return {tile / parts(), 1, first, last - first};
+  }
+
+  // Most columns of a tile: one map of 14 x 14, five of 7 x 7.
+  static constexpr int64_t kMost = 256;
+  static constexpr int64_t kPanel = PointwiseForward::kPanel;
+
+ private:
+  int64_t panels() const { return (pixels + kPanel - 1) / kPanel; }
+  int64_t parts() const { return (pixels + kMost - 1) / kMost; }
+};
+
+// A convolution by one tap at stride one in contiguous layout: (filters x channels) by (channels x pixels), and everything
+// behind it in the same pass. A task is one block of filters of one tile.
+struct PlanarForward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  PlanarTiles tiles;
+  int64_t channels, filters;
+  int64_t blocks;  // of filters
+  const void* input;
+  const void* weight;  // (filters, channels), of the dtype
+  const void* gain;
+  const void* mean_scale;
+  const void* bias;
+  const void* residual;
+  void* output;
+  void* pre_activation;
+  uint8_t* bits;
+  float* map_mean;  // (samples, filters) of gain * z, null: leave the mean in
+  bool knows_means;  // else they are computed here, for which tiles must have whole maps
+  void* scratch;     // of one thread, scratch_bytes()
+
+  int64_t tasks() const { return tiles.count * blocks; }
+  int64_t scratch_bytes() const { return PlanarTiles::kMost * (channels + kRows + 2) * 4; }
+
+  static constexpr int64_t kRows = 6;  // filters multiplied at once
+};
+
+// The backward pass of the same layer. A task is a slot: a share of the tiles.
+struct PlanarBackward {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;
+  bool centred;
+  PlanarTiles tiles;
+  int64_t channels, filters;
+  int64_t slots;
+  const void* grad_output;
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* input;
+  const void* weight;  // (channels, filters), of the dtype; null: no grad_input
+  const void* scale;   // (filters), null for 1
+  const void* mean_scale;
+  float* sums;      // (samples, filters): sum of e
+  bool knows_sums;  // else they are computed here, for which tiles must have whole maps
+  void* grad_input;
+  void* grad_residual;
+  void* scratch;    // slots * scratch_bytes()
+  float* partials;  // (slots, filters, channels), null: no weight gradient
+
+  int64_t padded_channels() const { return (channels + PlanarTiles::kPanel - 1) / PlanarTiles::kPanel * PlanarTiles::kPanel; }
+  int64_t scratch_bytes() const {
+    return (kRow * (filters + kTransposed) + PlanarTiles::kMost * (filters + padded_channels() + PlanarForward::kRows)) * 4;
+  }
+
+  // Elements of a row of dz' in `scratch`: rows side by side fall into different sets of the caches.
+  static constexpr int64_t kRow = PlanarTiles::kMost + 16;
+  static constexpr int64_t kTransposed = 16;  // rows of the input transposed at once
+};
+
+// A depthwise convolution in two dimensions: one filter a channel, dilation one. The arithmetic is float32, so f64 has no
+// kernel. A task is a slot: a share of all vectors of channels of all samples, with its own part of `scratch`.
+struct Depthwise {
+  Dtype dtype;
+  Activation activation;
+  double slope;
+  double constant;  // mean_scale where the vector is null
+  bool centred;
+  // As Maps has it; they differ where the output has one pixel.
+  bool input_innermost, output_innermost;
+  int64_t samples, channels, slots;
+  int64_t size[2], output[2], kernel[2], stride[2], padding[2];
+  const float* weight;  // by pack_depthwise
+  const void* mean_scale;
+  float* scratch;
+
+  // Along a dimension of the kernel, and lanes of a vector.
+  static constexpr int64_t kMostTaps = 7, kMostLanes = 16;
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t pixels() const { return size[0] * size[1]; }
+  int64_t output_pixels() const { return output[0] * output[1]; }
+  int64_t padded_channels() const { return (channels + kMostLanes - 1) / kMostLanes * kMostLanes; }
+  // Columns of the padded row of the input that a row of outputs sees.
+  int64_t seen_columns() const { return (output[1] - 1) * stride[1] + kernel[1]; }
+  // Vectors of maps that are kept whole. Maps in rows of pixels are transposed in squares, which reach beyond the end.
+  int64_t flat_input() const { return input_innermost ? 0 : pixels() + kMostLanes; }
+  int64_t flat_output() const { return output_pixels() + kMostLanes; }
+};
+
+struct DepthwiseForward : Depthwise {
+  const void* input;
+  const void* residual;
+  const void* gain;
+  const void* bias;
+  void* output_memory;
+  void* map_mean;  // (N, C), of conv(input, gain * weight); null: not centred
+  void* pre_activation;
+  uint8_t* bits;
+
+  int64_t scratch_floats() const { return (kernel[0] * seen_columns() + flat_output() + flat_input()) * kMostLanes; }
+};
+
+struct DepthwiseBackward : Depthwise {
+  const void* grad_output;
+  const void* pre_activation;
+  const uint8_t* bits;
+  const void* input;  // null: no weight gradient
+  void* grad_input;
+  void* grad_residual;
+  void* sums;       // (N, C): sum of e
+  float* partials;  // (N, taps * padded channels): dw' of each sample
+
+  // Columns of the padded row of dz', and of them before the map's first.
+  int64_t left_columns() const {
+    const int64_t reach = kernel[1] - 1 - padding[1];
+    return reach > 0 ? (reach + stride[1] - 1) / stride[1] : 0;
+  }
+  int64_t error_columns() const {
+    const int64_t met = (size[1] - 1 + padding[1]) / stride[1] + 1;
+    return left_columns() + (met > output[1] ? met : output[1]);
+  }
+  int64_t scratch_floats() const {
+    return (kernel[0] * error_columns() + seen_columns() + size[1] + flat_output() + flat_input()) * kMostLanes;
+  }
+};
+
+// (channels, taps) weights to the order of kernels: vectors of channels, of each all taps, padded with zeros.
+struct PackDepthwise {
+  Dtype dtype;         // that the weights are rounded to
+  Dtype weight_dtype;  // the same, or f32
+  int64_t channels, taps;
+  const void* weight;
+  const void* gain;  // (channels), null for 1
+  float* packed;
+};
+
+// The samples' partials added up, projected and multiplied by the gain. Tasks are Depthwise::kMostLanes channels each.
+struct DepthwiseWeightGrad {
+  Dtype dtype;  // of weight and gradient
+  int64_t samples, channels, taps;
+  double projection;
+  const float* partials;
+  const void* weight;  // for `dots`
+  const void* gain;
+  void* grad;  // (channels, taps)
+  void* dots;  // (channels): sum of weight * dw', the gradient of gain; null: not wanted
+
+  int64_t tasks() const { return (channels + Depthwise::kMostLanes - 1) / Depthwise::kMostLanes; }
+  int64_t padded() const { return tasks() * Depthwise::kMostLanes * taps; }
+};
+
 // Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
 struct Kernels {
   const char* isa;
@@ -180,6 +377,13 @@ struct Kernels {
   void (*pointwise_backward)(const PointwiseBackward&, int64_t begin, int64_t end);
   void (*add_partials)(const AddPartials&, int64_t begin, int64_t end);
   bool pointwise_bf16;
+  void (*planar_forward)(const PlanarForward&, int64_t begin, int64_t end);
+  void (*planar_backward)(const PlanarBackward&, int64_t begin, int64_t end);
+  // Null where vectors are no faster than the library.
+  void (*depthwise_forward)(const DepthwiseForward&, int64_t begin, int64_t end);
+  void (*depthwise_backward)(const DepthwiseBackward&, int64_t begin, int64_t end);
+  void (*pack_depthwise)(const PackDepthwise&);
+  void (*depthwise_weight_grad)(const DepthwiseWeightGrad&, int64_t begin, int64_t end);
 };
 
 // Channels of a task never exceed this, so that the vectors of one task lie on the stack.

@@ -17,10 +17,15 @@ namespace deepcontrol::cpu::avx2 {
 
 #include "pointwise_impl.h"
 
+#include "planar_impl.h"
+
+#include "depthwise_impl.h"
+
 extern const Kernels table;
 const Kernels table{"avx2", center_forward, center_backward, window_mean, finish_weight_grad,
                     pointwise_forward, pack_weight, pointwise_mean, pointwise_backward, add_partials,
-                    false};
+                    false, planar_forward, planar_backward,
+                    depthwise_forward, depthwise_backward, pack_depthwise, depthwise_weight_grad};
 }  // namespace deepcontrol::cpu::avx2
 
 #if defined(__clang__)

@@ -14,5 +14,5 @@ namespace deepcontrol::cpu::portable {
 
 extern const Kernels table;
 const Kernels table{"portable", center_forward, center_backward, window_mean, finish_weight_grad, nullptr, nullptr, nullptr, nullptr,
-                    nullptr, false};
+                    nullptr, false, nullptr, nullptr, nullptr, nullptr};
 }  // namespace deepcontrol::cpu::portable

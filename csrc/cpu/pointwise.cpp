@@ -1,7 +1,7 @@
 // The convolution by one tap, which is a matrix product over the pixels that its stride meets: packing, map means from the
 // input's means where those are cheaper than the output's, one pass for everything else.
 
-#include "common.h"
+#include "pointwise.h"
 #include "workspace.h"
 
 #include <ATen/ops/constant_pad_nd.h>
@@ -10,8 +10,7 @@
 
 namespace deepcontrol::cpu {
 
-// The pixels that the stride meets, as a view.
-static Tensor met_pixels(const Tensor& x, at::IntArrayRef stride) {
+Tensor met_pixels(const Tensor& x, at::IntArrayRef stride) {
   Tensor met = x;
   for (size_t d = 0; d < stride.size(); ++d) {
     if (stride[d] != 1) met = met.slice(int64_t(d) + 2, 0, std::nullopt, stride[d]);
@@ -19,8 +18,7 @@ static Tensor met_pixels(const Tensor& x, at::IntArrayRef stride) {
   return met;
 }
 
-// map_mean, (N, O), from the sums of the input over its maps.
-static Tensor mean_of_product(const Tensor& x, const Tensor& weight, at::MemoryFormat format, const Tensor& gain) {
+Tensor mean_of_product(const Tensor& x, const Tensor& weight, at::MemoryFormat format, const Tensor& gain) {
   const Tensor sums = center_error(x, {}, {}, {}, 0.0, {}, Activation::identity, 0.0, format, {false, false, true, false}).sums;
   PointwiseMean p{};
   p.dtype = dtype_of(x);
@@ -97,6 +95,13 @@ static void run(PointwiseForward& p, const Tensor& x, const Tensor& w) {
             [&](int64_t begin, int64_t end) { kernels().pointwise_forward(p, begin, end); });
 }
 
+Tensor between_zeros(const Tensor& met, const Tensor& input, at::MemoryFormat format, at::IntArrayRef stride) {
+  if (met.sizes() == input.sizes()) return met;
+  const Tensor everywhere = at::empty(input.sizes(), input.options().memory_format(format)).zero_();
+  met_pixels(everywhere, stride).copy_(met);
+  return everywhere;
+}
+
 static Tensor empty_output(const Tensor& x, const Tensor& w, at::MemoryFormat format) {
   auto shape = x.sizes().vec();
   shape[1] = w.size(0);
@@ -147,8 +152,8 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
                                         const Tensor& mean_scale, double constant, const Tensor& saved,
                                         Activation activation, double slope, bool wants_input, bool wants_weight,
                                         bool wants_residual) {
-  const Tensor met = met_pixels(input, stride);
-  const Tensor grad = grad_output.contiguous(format), x = met.contiguous(format), w = weight.contiguous();
+  const Tensor grad = grad_output.contiguous(format), x = met_pixels(input, stride).contiguous(format);
+  const Tensor w = weight.contiguous();
   PointwiseGrads result;
   // One read of grad_output for the sums, a second for everything else.
   result.sums =
@@ -193,11 +198,7 @@ PointwiseGrads fused_pointwise_backward(const Tensor& grad_output, const Tensor&
     AddPartials add{dtype_of(w), p.slots, p.filters, p.channels, p.partials, mutable_data(result.grad_weight)};
     for_tasks(p.filters, p.slots * p.channels, [&](int64_t begin, int64_t end) { kernels().add_partials(add, begin, end); });
   }
-  if (wants_input && met.sizes() != input.sizes()) {
-    const Tensor everywhere = at::empty(input.sizes(), input.options().memory_format(format)).zero_();
-    met_pixels(everywhere, stride).copy_(result.grad_input);
-    result.grad_input = everywhere;
-  }
+  if (wants_input) result.grad_input = between_zeros(result.grad_input, input, format, stride);
   return result;
 }
 

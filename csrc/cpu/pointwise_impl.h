@@ -39,23 +39,27 @@ struct Product<bfloat16> {
 // of `width` columns, inside a panel step by step. Read in order a panel streams through the first-level cache; at the
 // power-of-two strides of whole rows the steps would fall into few of its sets.
 template <int64_t width, class T>
+DC_INLINE void panel_step(const T* row, const T* next, int64_t length, int64_t step, int64_t steps,
+                          typename Product<T>::Unit* panels) {
+  each_vector<f32v>(length, [&](int64_t i, auto tail) DC_LAMBDA {
+    auto* at = panels + i / width * width * steps + step * width + i % width;
+    if constexpr (Product<T>::elements == 1) {
+      write(at, read<f32v>(row + i, tail), Whole{});
+    } else {
+      u32v low = __builtin_convertvector(read<u16v>(row + i, tail), u32v);
+      u32v high{};
+      if (next) high = __builtin_convertvector(read<u16v>(next + i, tail), u32v);
+      write(at, low | high << 16, Whole{});
+    }
+  });
+}
+template <int64_t width, class T>
 void panel_rows(const T* rows, int64_t count, int64_t length, int64_t first_step, int64_t steps,
                 typename Product<T>::Unit* panels) {
   constexpr int64_t elements = Product<T>::elements;
   for (int64_t r = 0; r < count; r += elements) {
-    typename Product<T>::Unit* to = panels + (first_step + r / elements) * width;
-    each_vector<f32v>(length, [&](int64_t i, auto tail) DC_LAMBDA {
-      auto* at = to + i / width * width * steps + i % width;
-      const T* from = rows + r * length + i;
-      if constexpr (elements == 1) {
-        write(at, read<f32v>(from, tail), Whole{});
-      } else {
-        u32v low = __builtin_convertvector(read<u16v>(from, tail), u32v);
-        u32v high{};
-        if (r + 1 < count) high = __builtin_convertvector(read<u16v>(from + length, tail), u32v);
-        write(at, low | high << 16, Whole{});
-      }
-    });
+    panel_step<width>(rows + r * length, r + 1 < count ? rows + (r + 1) * length : nullptr, length,
+                      first_step + r / elements, steps, panels);
   }
 }
 
@@ -213,6 +217,37 @@ void pointwise_error(const PointwiseBackward& p, const PiecewiseLinear<f32v>& pi
   }
 }
 
+// A tile's part of the weight gradient: partial[o, c] (+)= sum over k < steps of left(o)[k * step] * panels[k, c], where
+// filters lie `row` apart. Summed apart and then added, so that the rounding error grows with the rows of a tile plus the
+// number of tiles.
+template <class T, class Unit, class Left>
+DC_INLINE void add_product(int64_t steps, Left&& left, int64_t row, int64_t step, const Unit* panels, int64_t panel_steps,
+                           int64_t filters, int64_t channels, float* partial, bool is_first) {
+  auto product = [&](int64_t c, auto vectors, auto tail) DC_LAMBDA {
+    const Unit* right = panels + c / kPanel * kPanel * panel_steps + c % kPanel;
+    each_rows(0, filters, [&](auto rows, int64_t o) DC_LAMBDA {
+      f32v sums[rows.value][vectors.value] = {};
+      accumulate<T>(sums, steps, left(o), row, step, right, kPanel);
+      float* at = partial + o * channels + c;
+#pragma GCC unroll 8
+      for (int r = 0; r < rows.value; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors.value; ++v) {
+          float* to = at + r * channels + v * DC_LANES;
+          auto add = [&](auto which) DC_LAMBDA { store(to, is_first ? sums[r][v] : load(to, which) + sums[r][v], which); };
+          v + 1 < vectors.value ? add(Whole{}) : add(tail);
+        }
+      }
+    });
+  };
+  int64_t c = 0;
+  for (; c + kFiltersAtOnce <= channels; c += kFiltersAtOnce) {
+    product(c, std::integral_constant<int, kVectorsAtOnce>{}, Whole{});
+  }
+  for (; c + DC_LANES <= channels; c += DC_LANES) product(c, std::integral_constant<int, 1>{}, Whole{});
+  if (c < channels) product(c, std::integral_constant<int, 1>{}, Part{int(channels - c)});
+}
+
 template <class T, Sort sort>
 void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
   using Unit = typename Product<T>::Unit;
@@ -252,32 +287,14 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
     if (!partial) continue;
     const int64_t steps = (count + elements - 1) / elements;
     panel_rows<kPanel>(offset<T>(p.input, first * p.channels), count, p.channels, 0, steps, right_panels);
-    auto product = [&](int64_t c, auto vectors, auto tail) DC_LAMBDA {
-      const Unit* right = right_panels + c / kPanel * kPanel * steps + c % kPanel;
-      each_rows(0, p.filters, [&](auto rows, int64_t o) DC_LAMBDA {
-        const Unit* left = reinterpret_cast<const Unit*>(error) + o;
-        if (elements > 1) left = left_panels + o / kLeftPanel * kLeftPanel * steps + o % kLeftPanel;
-        // Summed apart and then added, so that the rounding error grows with the rows of a tile plus the number of tiles.
-        f32v sums[rows.value][vectors.value] = {};
-        accumulate<T>(sums, steps, left, 1, elements > 1 ? kLeftPanel : p.filters, right, kPanel);
-        float* at = partial + o * p.channels + c;
-#pragma GCC unroll 8
-        for (int r = 0; r < rows.value; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors.value; ++v) {
-            float* to = at + r * p.channels + v * DC_LANES;
-            auto add = [&](auto which) DC_LAMBDA { store(to, tile ? load(to, which) + sums[r][v] : sums[r][v], which); };
-            v + 1 < vectors.value ? add(Whole{}) : add(tail);
-          }
-        }
-      });
-    };
-    int64_t c = 0;
-    for (; c + kFiltersAtOnce <= p.channels; c += kFiltersAtOnce) {
-      product(c, std::integral_constant<int, kVectorsAtOnce>{}, Whole{});
-    }
-    for (; c + DC_LANES <= p.channels; c += DC_LANES) product(c, std::integral_constant<int, 1>{}, Whole{});
-    if (c < p.channels) product(c, std::integral_constant<int, 1>{}, Part{int(p.channels - c)});
+    // float32 is read from the rows of dz' themselves.
+    add_product<T>(
+        steps,
+        [&](int64_t o) DC_LAMBDA {
+          return elements > 1 ? left_panels + o / kLeftPanel * kLeftPanel * steps + o % kLeftPanel
+                              : reinterpret_cast<const Unit*>(error) + o;
+        },
+        1, elements > 1 ? kLeftPanel : p.filters, right_panels, steps, p.filters, p.channels, partial, tile == 0);
   }
 }
 
@@ -336,6 +353,13 @@ DC_INLINE void transpose_block(const W* from, int64_t from_stride, void* to, int
     a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
   }
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, a[i]);
+}
+#else
+template <class Unit, class W>
+DC_INLINE void transpose_block(const W* from, int64_t from_stride, Unit* to, int64_t to_stride) {
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) to[k * to_stride + i] = from[i * from_stride + k];
+  }
 }
 #endif
 

@@ -482,6 +482,293 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
   }
 }
 
+// The same layer in contiguous layout: of `samples` small maps, or parts of a large one.
+static void planar_forward(Dtype dtype, Activation activation, int64_t samples, int64_t pixels, int64_t channels,
+                           int64_t filters, uint32_t options) {
+  const PlanarTiles tiles(samples, pixels, options & 8 ? 2 : 1);
+  const int64_t maps = samples * filters, count = maps * pixels;
+  const bool centred = options & 16, knows_means = !tiles.has_whole_maps() || options & 32;
+  Values input("input", dtype, samples * channels * pixels), weight("weight", dtype, filters * channels);
+  Values gain("gain", Dtype::f32, filters, options & 1), bias("bias", Dtype::f32, filters, options & 2);
+  Values mean_scale("mean_scale", Dtype::f32, filters, options & 64), map_mean("map_mean", Dtype::f32, maps, centred);
+  Values residual("residual", dtype, count, options & 4), output("output", dtype, count);
+  Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Bits bits(maps, pixels, is_piecewise(activation));
+  for (Values* values : {&input, &weight, &gain, &bias, &mean_scale, &residual}) values->fill();
+  if (centred && knows_means) map_mean.fill();
+
+  PlanarForward p{dtype, activation, kSlope, 0.5, tiles, channels, filters, options & 128 ? 2 : 1};
+  Values scratch("scratch", Dtype::f32, p.scratch_bytes() / 4);
+  p.input = input.data(), p.weight = weight.data(), p.gain = gain.data(), p.mean_scale = mean_scale.data();
+  p.bias = bias.data(), p.residual = residual.data(), p.output = output.data(), p.knows_means = knows_means;
+  p.pre_activation = pre_activation.data(), p.bits = bits.data(), p.scratch = scratch.data();
+  p.map_mean = static_cast<float*>(map_mean.data());
+  run(kernels().planar_forward, p, p.tasks());
+
+  std::vector<double> z(pixels);
+  for (int64_t map = 0; map < maps; ++map) {
+    const int64_t o = map % filters;
+    double mean = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      z[i] = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        z[i] += input[(map / filters * channels + c) * pixels + i] * weight[o * channels + c];
+      }
+      z[i] *= gain.or_else(o, 1);
+      mean += z[i] / pixels;
+    }
+    if (centred && !knows_means) map_mean.expect(map, mean, channels);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const int64_t at = map * pixels + i;
+      const double pre =
+          z[i] - mean_scale.or_else(o, 0.5) * map_mean.or_else(map, 0) + bias.or_else(o, 0) + residual.or_else(at, 0);
+      output.expect(at, activate(activation, pre), channels);
+      pre_activation.expect(at, pre, channels);
+      if (bits.data()) expect_bit(bits, map, i, activation, pre);
+    }
+  }
+}
+
+static void planar_backward(Dtype dtype, Activation activation, int64_t samples, int64_t pixels, int64_t channels,
+                            int64_t filters, uint32_t options) {
+  const int64_t maps = samples * filters, count = maps * pixels;
+  const bool wants_input = options & 1, wants_weight = !wants_input || options & 2, centred = options & 8;
+  Values grad_output("grad_output", dtype, count);
+  Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Bits bits(maps, pixels, is_piecewise(activation));
+  Values input("input", dtype, samples * channels * pixels);
+  Values weight("weight", dtype, channels * filters, wants_input), scale("scale", Dtype::f32, filters, options & 4);
+  Values mean_scale("mean_scale", Dtype::f32, filters, options & 64), sums("sums", Dtype::f32, maps);
+  for (Values* values : {&grad_output, &input, &weight, &scale, &mean_scale}) values->fill();
+  pre_activation.fill(2);
+  bits.fill();
+
+  const int64_t slots = options & 16 ? 2 : 1;
+  PlanarBackward p{dtype, activation, kSlope, 0.5, centred, PlanarTiles(samples, pixels, slots), channels, filters, slots};
+  p.knows_sums = !p.tiles.has_whole_maps() || options & 128;
+  if (p.knows_sums) sums.fill();
+  Values grad_input("grad_input", dtype, samples * channels * pixels, wants_input);
+  Values grad_residual("grad_residual", dtype, count, options & 32);
+  Values partials("partials", Dtype::f32, slots * filters * channels, wants_weight);
+  Values scratch("scratch", Dtype::f32, slots * p.scratch_bytes() / 4);
+  Values grad_weight("grad_weight", dtype, filters * channels, wants_weight);
+  p.grad_output = grad_output.data(), p.pre_activation = pre_activation.data(), p.bits = bits.data();
+  p.input = input.data(), p.weight = weight.data(), p.scale = scale.data(), p.mean_scale = mean_scale.data();
+  p.sums = static_cast<float*>(sums.data()), p.grad_input = grad_input.data(), p.grad_residual = grad_residual.data();
+  p.scratch = scratch.data(), p.partials = static_cast<float*>(partials.data());
+  run(kernels().planar_backward, p, slots);
+  if (wants_weight) {
+    const AddPartials add{dtype, slots, filters, channels, p.partials, grad_weight.data()};
+    run(kernels().add_partials, add, filters);
+  }
+
+  std::vector<double> dz(count);
+  for (int64_t map = 0; map < maps; ++map) {
+    double sum = 0;
+    for (int64_t i = map * pixels; i < (map + 1) * pixels; ++i) {
+      dz[i] = error_of(activation, grad_output[i], pre_activation, i, bits.data() && bits.at(map, i % pixels));
+      grad_residual.expect(i, dz[i]);
+      sum += dz[i];
+    }
+    if (!p.knows_sums) sums.expect(map, sum, pixels);
+    const int64_t o = map % filters;
+    const double removed = centred ? mean_scale.or_else(o, 0.5) * sums[map] / pixels : 0;
+    for (int64_t i = map * pixels; i < (map + 1) * pixels; ++i) dz[i] = (dz[i] - removed) * scale.or_else(o, 1);
+  }
+  for (int64_t i = 0; wants_input && i < samples * channels * pixels; ++i) {
+    const int64_t sample = i / pixels / channels, c = i / pixels % channels;
+    double sum = 0;
+    for (int64_t o = 0; o < filters; ++o) sum += dz[(sample * filters + o) * pixels + i % pixels] * weight[c * filters + o];
+    grad_input.expect(i, sum, filters);
+  }
+  for (int64_t i = 0; wants_weight && i < filters * channels; ++i) {
+    double sum = 0;
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      const int64_t o = (sample * filters + i / channels) * pixels, c = (sample * channels + i % channels) * pixels;
+      for (int64_t j = 0; j < pixels; ++j) sum += dz[o + j] * input[c + j];
+    }
+    grad_weight.expect(i, sum, samples * pixels, dtype);
+  }
+}
+
+struct DepthwiseGeometry {
+  int64_t size[2], kernel[2], stride[2], padding[2];
+};
+
+static void describe(Depthwise& p, Dtype dtype, Activation activation, int64_t channels, bool channels_innermost,
+                     const DepthwiseGeometry& g, uint32_t options) {
+  p.dtype = dtype, p.activation = activation, p.slope = kSlope, p.constant = 0.5, p.centred = options & 1;
+  p.samples = 3, p.channels = channels, p.slots = options & 2 ? 2 : 1;
+  for (int d = 0; d < 2; ++d) {
+    p.size[d] = g.size[d], p.kernel[d] = g.kernel[d], p.stride[d] = g.stride[d], p.padding[d] = g.padding[d];
+    p.output[d] = (p.size[d] + 2 * p.padding[d] - p.kernel[d]) / p.stride[d] + 1;
+  }
+  p.input_innermost = channels_innermost || p.pixels() == 1;
+  p.output_innermost = channels_innermost || p.output_pixels() == 1;
+}
+
+struct PackedDepthwise {
+  Values values;
+  PackedDepthwise(const Depthwise& p, const Values& weight, const void* gain)
+      : values("packed", Dtype::f32, p.padded_channels() * p.taps()) {
+    kernels().pack_depthwise({p.dtype, weight.dtype(), p.channels, p.taps(), weight.data(), gain,
+                              static_cast<float*>(values.data())});
+  }
+};
+
+// Calls f(pixel of the output, pixel of the input, tap) for all that meet.
+template <class F>
+static void each_meeting(const Depthwise& p, F&& f) {
+  for (int64_t out = 0; out < p.output_pixels(); ++out) {
+    for (int64_t tap = 0; tap < p.taps(); ++tap) {
+      const int64_t h = out / p.output[1] * p.stride[0] + tap / p.kernel[1] - p.padding[0];
+      const int64_t w = out % p.output[1] * p.stride[1] + tap % p.kernel[1] - p.padding[1];
+      if (h >= 0 && h < p.size[0] && w >= 0 && w < p.size[1]) f(out, h * p.size[1] + w, tap);
+    }
+  }
+}
+
+// Of pixel `pixel` of map `map` in a tensor of maps of `pixels`.
+static int64_t element_of(const Depthwise& p, int64_t map, int64_t pixel, int64_t pixels, bool channels_innermost) {
+  return channels_innermost ? (map / p.channels * pixels + pixel) * p.channels + map % p.channels : map * pixels + pixel;
+}
+
+static void depthwise_forward(Dtype dtype, Activation activation, int64_t channels, bool channels_innermost,
+                              const DepthwiseGeometry& geometry, uint32_t options) {
+  DepthwiseForward p{};
+  describe(p, dtype, activation, channels, channels_innermost, geometry, options);
+  const int64_t maps = p.samples * channels, pixels = p.output_pixels(), count = maps * pixels;
+  Values input("input", dtype, maps * p.pixels()), output("output", dtype, count);
+  Values weight("weight", options & 4 ? Dtype::f32 : dtype, channels * p.taps());
+  Values residual("residual", dtype, count, options & 8), gain("gain", Dtype::f32, channels, options & 16);
+  Values bias("bias", Dtype::f32, channels, options & 32), mean_scale("mean_scale", Dtype::f32, channels, options & 64);
+  Values map_mean("map_mean", Dtype::f32, maps, p.centred);
+  Values pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Values scratch("scratch", Dtype::f32, p.slots * p.scratch_floats());
+  Bits bits(p.output_innermost ? p.samples * pixels : maps, p.output_innermost ? channels : pixels,
+            is_piecewise(activation));
+  for (Values* values : {&input, &weight, &residual, &gain, &bias, &mean_scale}) values->fill();
+  const PackedDepthwise packed(p, weight, nullptr);
+  p.input = input.data(), p.residual = residual.data(), p.gain = gain.data(), p.bias = bias.data();
+  p.mean_scale = mean_scale.data(), p.output_memory = output.data(), p.map_mean = map_mean.data();
+  p.pre_activation = pre_activation.data(), p.bits = bits.data();
+  p.weight = static_cast<const float*>(packed.values.data()), p.scratch = static_cast<float*>(scratch.data());
+  run(kernels().depthwise_forward, p, p.slots);
+
+  for (int64_t map = 0; map < maps; ++map) {
+    const int64_t c = map % channels;
+    std::vector<double> z(pixels);
+    double mean = 0;
+    each_meeting(p, [&](int64_t out, int64_t in, int64_t tap) {
+      const double term = weight[c * p.taps() + tap] * input[element_of(p, map, in, p.pixels(), p.input_innermost)];
+      z[out] += term;
+      mean += term / pixels;
+    });
+    map_mean.expect(map, gain.or_else(c, 1) * mean, p.taps());
+    for (int64_t out = 0; out < pixels; ++out) {
+      const int64_t i = element_of(p, map, out, pixels, p.output_innermost);
+      const double removed = p.centred ? mean_scale.or_else(c, 0.5) * mean : 0;
+      const double pre = (z[out] - removed) * gain.or_else(c, 1) + bias.or_else(c, 0) + residual.or_else(i, 0);
+      output.expect(i, activate(activation, pre), p.taps());
+      pre_activation.expect(i, pre, p.taps());
+      const int64_t row = p.output_innermost ? map / channels * pixels + out : map;
+      if (bits.data()) expect_bit(bits, row, p.output_innermost ? c : out, activation, pre);
+    }
+  }
+}
+
+static void depthwise_backward(Dtype dtype, Activation activation, int64_t channels, bool channels_innermost,
+                               const DepthwiseGeometry& geometry, uint32_t options) {
+  DepthwiseBackward p{};
+  describe(p, dtype, activation, channels, channels_innermost, geometry, options);
+  const int64_t maps = p.samples * channels, pixels = p.output_pixels(), count = maps * pixels, taps = p.taps();
+  const bool wants_input = options & 4, wants_weight = !wants_input || options & 8;
+  const Dtype weight_dtype = options & 16 ? Dtype::f32 : dtype;
+  Values grad_output("grad_output", dtype, count), pre_activation("pre_activation", dtype, count, is_smooth(activation));
+  Values input("input", dtype, maps * p.pixels(), wants_weight), weight("weight", weight_dtype, channels * taps);
+  Values gain("gain", Dtype::f32, channels, options & 32), mean_scale("mean_scale", Dtype::f32, channels, options & 64);
+  Values grad_input("grad_input", dtype, maps * p.pixels(), wants_input);
+  Values grad_residual("grad_residual", dtype, count, options & 128), sums("sums", Dtype::f32, maps, options & 256);
+  Values partials("partials", Dtype::f32, p.samples * taps * p.padded_channels(), wants_weight);
+  Values scratch("scratch", Dtype::f32, p.slots * p.scratch_floats());
+  Values grad_weight("grad_weight", weight_dtype, channels * taps), dots("dots", Dtype::f32, channels, options & 512);
+  Bits bits(p.output_innermost ? p.samples * pixels : maps, p.output_innermost ? channels : pixels,
+            is_piecewise(activation));
+  for (Values* values : {&grad_output, &input, &weight, &gain, &mean_scale}) values->fill();
+  pre_activation.fill(2);
+  bits.fill();
+  const PackedDepthwise packed(p, weight, gain.data());
+  p.grad_output = grad_output.data(), p.pre_activation = pre_activation.data(), p.bits = bits.data();
+  p.input = input.data(), p.mean_scale = mean_scale.data(), p.grad_input = grad_input.data();
+  p.grad_residual = grad_residual.data(), p.sums = sums.data();
+  p.partials = static_cast<float*>(partials.data()), p.scratch = static_cast<float*>(scratch.data());
+  p.weight = static_cast<const float*>(packed.values.data());
+  run(kernels().depthwise_backward, p, p.slots);
+  const DepthwiseWeightGrad finish{weight_dtype, p.samples, channels, taps, options & 1 ? 0.75 : 0, p.partials,
+                                   weight.data(), gain.data(), grad_weight.data(), dots.data()};
+  if (wants_weight) run(kernels().depthwise_weight_grad, finish, finish.tasks());
+
+  std::vector<double> grads(channels * taps);
+  for (int64_t map = 0; map < maps; ++map) {
+    const int64_t c = map % channels;
+    std::vector<double> dz(pixels), dx(p.pixels());
+    double sum = 0;
+    for (int64_t out = 0; out < pixels; ++out) {
+      const int64_t i = element_of(p, map, out, pixels, p.output_innermost);
+      const int64_t row = p.output_innermost ? map / channels * pixels + out : map;
+      dz[out] = error_of(activation, grad_output[i], pre_activation, i,
+                         bits.data() && bits.at(row, p.output_innermost ? c : out));
+      grad_residual.expect(i, dz[out]);
+      sum += dz[out];
+    }
+    sums.expect(map, sum, 10);
+    if (p.centred) {
+      for (double& e : dz) e -= sum / pixels * mean_scale.or_else(c, 0.5);
+    }
+    each_meeting(p, [&](int64_t out, int64_t in, int64_t tap) {
+      dx[in] += weight[c * taps + tap] * gain.or_else(c, 1) * dz[out];
+      if (wants_weight) grads[c * taps + tap] += dz[out] * input[element_of(p, map, in, p.pixels(), p.input_innermost)];
+    });
+    for (int64_t in = 0; in < p.pixels(); ++in) {
+      grad_input.expect(element_of(p, map, in, p.pixels(), p.input_innermost), dx[in], taps);
+    }
+  }
+  for (int64_t c = 0; wants_weight && c < channels; ++c) {
+    double mean = 0, dot = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      mean += grads[c * taps + tap] / taps;
+      dot += weight[c * taps + tap] * grads[c * taps + tap];
+    }
+    dots.expect(c, dot, 10 * taps);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const double removed = taps > 1 ? finish.projection * mean : 0;
+      grad_weight.expect(c * taps + tap, (grads[c * taps + tap] - removed) * gain.or_else(c, 1), 10);
+    }
+  }
+}
+
+static void depthwise_cases(Dtype dtype) {
+  constexpr DepthwiseGeometry geometries[] = {
+      {{9, 8}, {3, 3}, {1, 1}, {1, 1}},    {{9, 23}, {3, 3}, {2, 2}, {1, 1}}, {{8, 7}, {5, 5}, {1, 1}, {2, 2}},
+      {{11, 9}, {7, 7}, {2, 2}, {3, 3}},   {{1, 1}, {5, 5}, {1, 1}, {2, 2}},  {{3, 5}, {3, 5}, {1, 1}, {0, 0}},
+      {{4, 5}, {2, 4}, {3, 1}, {4, 5}},    {{6, 8}, {1, 6}, {1, 4}, {0, 7}},  {{2, 2}, {3, 3}, {7, 7}, {3, 3}},
+      {{20, 15}, {1, 1}, {2, 3}, {0, 0}}};
+  uint32_t options = 0;
+  for (const bool innermost : {false, true}) {
+    for (const int64_t channels : {2, 16, 37}) {
+      for (const DepthwiseGeometry& geometry : geometries) {
+        const int a = options % 7;
+        current = "depthwise of " + std::to_string(channels) + (innermost ? " channels_last" : " contiguous") +
+                  " channels, dtype " + std::to_string(int(dtype)) + ", activation " + std::to_string(a) + ", options " +
+                  std::to_string(options) + ", kernel " + std::to_string(geometry.kernel[0]);
+        depthwise_forward(dtype, Activation(a), channels, innermost, geometry, options);
+        depthwise_backward(dtype, Activation(a), channels, innermost, geometry, options * 5 + 1);
+        options += 11;
+      }
+    }
+  }
+}
+
 static void all_cases() {
   constexpr const char* dtype_names[] = {"f32", "f64", "bf16", "f16"};
   // Channels and pixels: fewer than a vector, one more, more channels than a task's, more rows than a group's.
@@ -516,6 +803,7 @@ static void all_cases() {
         for (const int64_t taps : {1, 9, 49}) finish_weight_grad(dtype, 3, channels, taps, innermost, options++);
       }
     }
+    if (kernels().depthwise_forward && dtype != Dtype::f64) depthwise_cases(dtype);
     if (!kernels().pointwise_forward) continue;
     if (dtype != Dtype::f32 && !(dtype == Dtype::bf16 && kernels().pointwise_bf16)) continue;
     current = std::string(dtype_names[d]) + " pointwise";
@@ -528,6 +816,15 @@ static void all_cases() {
         for (int a = 0; a < 7; ++a) {
           pointwise_forward(dtype, Activation(a), pixels, channels, filters, options);
           pointwise_backward(dtype, Activation(a), pixels == 1 ? 1 : 5, pixels, channels, filters, options * 3 + 1);
+          options += 11;
+        }
+      }
+      // Whole maps, one of them and several in a tile, and parts of a map.
+      constexpr int64_t maps[][2] = {{3, 1}, {6, 49}, {1, 300}};
+      for (const auto& [samples, pixels] : maps) {
+        for (int a = 0; a < 7; a += pixels > 49 ? 2 : 1) {
+          planar_forward(dtype, Activation(a), samples, pixels, channels, filters, options * 5);
+          planar_backward(dtype, Activation(a), samples, pixels, channels, filters, options * 3 + 1);
           options += 11;
         }
       }
