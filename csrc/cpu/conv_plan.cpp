@@ -150,7 +150,7 @@ bool is_winograd_faster(Pass pass, const ConvCase& c) {
   const Windows& w = c.windows;
   const bool is_bfloat16 = c.dtype == Dtype::bf16;
   if (is_bfloat16 && has_matrix_unit()) return false;
-  const WinogradTile tile = winograd_tile(c.dtype, std::min(c.channels * c.input_pixels(), c.filters * c.pixels()));
+  const WinogradTile tile = winograd_tile(c.dtype, std::min(c.channels * c.input_pixels(), c.filters * c.pixels()), c.channels_last);
   const int64_t* size = pass == Pass::forward ? w.output : w.size;
   const int64_t columns = pass == Pass::forward ? c.filters : c.channels;
   const auto whole = [](int64_t count, int64_t of) { return (count + of - 1) / of; };

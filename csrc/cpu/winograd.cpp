@@ -117,7 +117,8 @@ static void run_forward(const Tensor& input, const WinogradWeights& weight, cons
   const WinogradKernels& run = *winograd_kernels();
   WinogradForward p{};
   describe_maps(p, input, output, padding);
-  p.tile = winograd_tile(p.dtype, std::min(p.channels * p.height * p.width, p.filters * p.out_height * p.out_width));
+  p.tile = winograd_tile(p.dtype, std::min(p.channels * p.height * p.width, p.filters * p.out_height * p.out_width),
+                         format != at::MemoryFormat::Contiguous);
   p.weight = weight;
   p.weight.dtype = p.dtype;
   p.weight.tile = p.tile;
@@ -202,7 +203,7 @@ Tensor winograd_weight_grad(const Tensor& grad_output, const Tensor& input, cons
   constexpr int64_t kSumsBytes = int64_t(1) << 21, kFewTiles = 256;
   const int64_t threads = at::get_num_threads();
   p.groups = std::clamp<int64_t>(p.sums_elements() * int64_t(sizeof(float)) / kSumsBytes, 1, threads);
-  p.parts = std::max<int64_t>(threads / p.groups, 1);
+  p.parts = std::clamp<int64_t>(threads / p.groups, 1, p.tiles());
   const bool at_once = p.parts == 1 && p.tiles() <= kFewTiles;
   p.block = std::min<int64_t>(at_once ? kFewTiles : 128, (p.tiles() + p.parts - 1) / p.parts);
   const int64_t sums = at_once ? 0 : p.parts * p.sums_elements();

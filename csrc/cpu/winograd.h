@@ -16,13 +16,13 @@ struct WinogradTile {
 };
 
 // The tile of the convolution and its input gradient, by the elements of a sample's input or output, whichever are fewer. In
-// float32 a tile of 4 x 2 rounds as much as the library does, which sums all taps and channels in one chain; one of 4 x 4 three
-// times as much. Of a single small sample the library makes a matrix product that rounds less, and a tile of 2 x 2 as little. A
-// bfloat16 rounds a thousand times as much as the largest tile.
-inline WinogradTile winograd_tile(Dtype dtype, int64_t elements) {
+// float32 a tile of 4 x 2 rounds as much as the library does in channels_last, where it sums all taps and channels in one chain;
+// one of 4 x 4 three times as much. In contiguous layout and of a single small sample the library rounds less, and a tile of
+// 2 x 2 as little. A bfloat16 rounds a thousand times as much as the largest tile.
+inline WinogradTile winograd_tile(Dtype dtype, int64_t elements, bool channels_last) {
   constexpr int64_t kSmall = 20480;
   if (dtype == Dtype::bf16) return {4, 4};
-  return {elements <= kSmall ? 2 : 4, 2};
+  return {elements > kSmall && channels_last ? 4 : 2, 2};
 }
 
 // Of the weight gradient, whose sums over all pixels are the library's most exact ones.
