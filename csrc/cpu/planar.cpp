@@ -11,18 +11,22 @@ static Tensor product_weight(const Tensor& weight, const Tensor& x) {
   return weight.view({weight.size(0), weight.size(1)}).to(x.scalar_type());
 }
 
-// (rows, columns) to (columns, rows), block by block, so that both sides meet whole cache lines.
+// (rows, columns) to (columns, rows) by way of blocks: read down a column, rows at power-of-two strides would fall into few
+// of the cache's sets.
 template <class Element>
 static void transpose(const void* from, int64_t rows, int64_t columns, void* to) {
   constexpr int64_t kBlock = 32;
   for_tasks((columns + kBlock - 1) / kBlock, rows * kBlock, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kBlock, last = std::min(end * kBlock, columns);
-    for (int64_t c = first; c < last; c += kBlock) {
+    Element block[kBlock][kBlock + 1];
+    for (int64_t c = begin * kBlock; c < std::min(end * kBlock, columns); c += kBlock) {
+      const int64_t wide = std::min(kBlock, columns - c);
       for (int64_t r = 0; r < rows; r += kBlock) {
-        for (int64_t i = c; i < std::min(c + kBlock, last); ++i) {
-          for (int64_t j = r; j < std::min(r + kBlock, rows); ++j) {
-            static_cast<Element*>(to)[i * rows + j] = static_cast<const Element*>(from)[j * columns + i];
-          }
+        const int64_t high = std::min(kBlock, rows - r);
+        for (int64_t j = 0; j < high; ++j) {
+          std::copy_n(static_cast<const Element*>(from) + (r + j) * columns + c, wide, block[j]);
+        }
+        for (int64_t i = 0; i < wide; ++i) {
+          for (int64_t j = 0; j < high; ++j) static_cast<Element*>(to)[(c + i) * rows + r + j] = block[j][i];
         }
       }
     }
