@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import assert_within_budget, memory_format
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import backends
+from deepcontrol_cuda import _ops, backends
 
 
 class Layer(NamedTuple):
@@ -41,7 +41,7 @@ LAYERS = {
 
 def plan_of(layer: Layer, dtype=torch.float32, channels_last=True) -> dict:
     x, w, _ = tensors_of(layer, dtype, channels_last)
-    return backends._plan_cpu(x, w, ((1, 1), layer.padding, (1, 1), 1))
+    return _ops.extension.plan_conv_cpu(backends._case_cpu(x, w, ((1, 1), layer.padding, (1, 1), 1)))
 
 
 def tensors_of(layer: Layer, dtype=torch.float32, channels_last=True, weight_channels_last=True):
@@ -145,7 +145,7 @@ def test_it_is_what_runs_for_resnet50(channels_last):
 def test_runs_are_bit_equal_and_samples_do_not_depend_on_their_batch(layer):
     x, w, grad = tensors_of(layer)
     first = convolve(x, w, grad, layer.padding, 1.0)
-    assert backends._plan_cpu(x[:1], w, ((1, 1), layer.padding, (1, 1), 1))["forward"]["chosen"] == "winograd"
+    assert plan_of(layer._replace(batch=1))["forward"]["chosen"] == "winograd"
     for a, b in zip(first, convolve(x, w, grad, layer.padding, 1.0)):
         assert torch.equal(a, b)
     alone = convolve(x[-1:], w, grad[-1:], layer.padding, 1.0)
