@@ -8,7 +8,7 @@ from conv_cases import Case, check_convolution
 from test_ops import layouts, name_of
 
 import deepcontrol_cuda as dc
-from deepcontrol_cuda import backends
+from deepcontrol_cuda import _ops, backends
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 CASES = (
@@ -34,7 +34,7 @@ def obstacle(x, weight, stride=1, padding=1, dilation=1) -> str | None:
     """Why the direct pass does not take the layer, in both passes."""
     each = ([value] * (x.dim() - 2) for value in (stride, padding, dilation))
     with backends.prefer("two passes", "cpu"):
-        plan = backends._plan_cpu(x, weight, (*each, x.shape[1]))
+        plan = _ops.extension.plan_conv_cpu(backends._case_cpu(x, weight, (*each, x.shape[1])))
     forward, backward = (plan[name]["obstacles"]["direct"] for name in ("forward", "backward"))
     assert forward == backward
     return forward
