@@ -70,6 +70,7 @@ class Comparison:
 
     Attributes:
         only_before, only_after: rows that the other file lacks, in words.
+        missing: peers of ours that A has in a row and B lacks there, in words.
         warnings: what else than the code differs, in words.
         contradictions: verdicts on the same target that are not the same, of A and of B.
     """
@@ -79,12 +80,17 @@ class Comparison:
     bytes: tuple[Bytes, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
+    missing: tuple[str, ...]
     warnings: tuple[str, ...]
     contradictions: tuple[tuple[Verdict, Verdict], ...]
 
     def slower(self) -> list[Change]:
         """Rows and means of ours that are slower in B."""
         return [c for c in (*self.means, *self.changes) if is_ours(c.peer) and c.verdict == SLOWER]
+
+    def lacks(self) -> list[str]:
+        """What A has of ours and B does not, rows and peers in rows."""
+        return [*self.only_before, *self.missing]
 
     def others(self) -> list[Change]:
         """Rows of peers that are not ours, which are the same code in both runs if the versions are."""
@@ -107,6 +113,7 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
         tuple(found for pair in pairs for found in _bytes(*pair)),
         tuple(_words(key) for key in rows if key not in others),
         tuple(_words(key) for key in others if key not in rows),
+        tuple(_missing(pairs)),
         tuple(_warnings(before, after)),
         tuple(contradictions),
     )
@@ -114,6 +121,13 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
 
 def _by_key(run: Run) -> dict[_Key, Row]:
     return {(row.case, row.setting, row.baseline): row for row in run.rows}
+
+
+def _missing(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
+    for before, after in pairs:
+        for peer in before.seconds:
+            if is_ours(peer) and peer not in after.seconds:
+                yield f"{peer}: {before.case}, {before.setting}"
 
 
 def _words(key: _Key) -> str:
@@ -250,7 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Where memory lies differs between runs, so that among many rows of the same code one may be slower for certain.
     parser.add_argument(
         "--fail-on-slower", nargs="?", choices=("mean", "row"), const="mean",
-        help="exit status 1 if ours is slower in a geometric mean (where there is none, in a row), or in any row",
+        help="exit status 1 if ours is slower in a geometric mean (where there is none, in a row) or any row, or lacks one",
     )  # fmt: skip
 
 
@@ -272,6 +286,10 @@ def run(options: argparse.Namespace) -> int:
     slower = comparison.slower()
     if slower:
         print(f"\nOurs is slower in {len(slower)} of the rows and means above.")
-    alone = not comparison.means
+    if not options.fail_on_slower:
+        return 0
+    if lacks := comparison.lacks():
+        print("\nB lacks of ours, so that nothing is known of it:\n" + "\n".join(f"- {row}" for row in lacks))
+    alone = not any(is_ours(mean.peer) for mean in comparison.means)
     failed = [change for change in slower if alone or change.case == _MEAN or options.fail_on_slower == "row"]
-    return 1 if failed and options.fail_on_slower else 0
+    return 1 if failed or lacks else 0

@@ -224,7 +224,9 @@ def ours_by(
         except WrongResultError as error:
             prepared.wrong[name] = str(error)
         except RuntimeError as error:
-            prepared.skipped[name] = _words(error)
+            # An algorithm may not take a layer; what is chosen by itself must run.
+            reasons = prepared.wrong if name == "ours" else prepared.skipped
+            reasons[name] = f"{name} at {what}: {error}" if name == "ours" else _words(error)
         else:
             prepared.accuracies[name] = {result: accuracy for one in found for result, accuracy in one.items()}
             prepared.contestants[name] = Contestant(step, ways[name], calls)

@@ -124,6 +124,18 @@ def test_fail_on_slower_is_an_exit_status(tmp_path):
     assert main(["compare", fast, slow, "--fail-on-slower", "row"]) == 1
 
 
+@pytest.mark.parametrize("lacks", ["peer", "row"])
+def test_what_b_lacks_of_ours_fails_too(lacks, tmp_path, capsys):
+    run = few()
+    first, *rest = run.rows
+    seconds = {peer: values for peer, values in first.seconds.items() if peer != "ours"}
+    rows = rest if lacks == "row" else [replace(first, seconds=seconds), *rest]
+    files = [write(tmp_path, "a.json", run), write(tmp_path, "b.json", replace(run, rows=tuple(rows)))]
+    assert main(["compare", *files]) == 0
+    assert main(["compare", *files, "--fail-on-slower"]) == 1
+    assert "B lacks of ours" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_or_read_is_refused(tmp_path, capsys):
     layers, models = write(tmp_path, "layers", few()), write(tmp_path, "models", bench_runs.models())
     elsewhere = write(tmp_path, "elsewhere", replace(few(), rows=tuple(replace(r, case="x") for r in few().rows)))

@@ -311,7 +311,7 @@ def test_the_sanitizers_notice(sanitized, mistake, report):
 def test_the_ops_pass_the_sanitizers():
     """A part of test_ops.py and of test_conv_cuda.py: each kernel, each layout, whole and in parts."""
     build.library(sanitize=True)
-    center = "center and bf16 and (relu or silu) and not conv"
+    center = "center and bf16 and (relu6 or silu) and not conv"
     others = "(f32 or bf16) and (project_kernel or window_mean and 2d)"
     # Not those that raise: under its preloaded library AddressSanitizer stops at an exception.
     convolutions = "every_tile or test_convolutions and (direct or 3x3-odd or image or two-groups)"

@@ -474,11 +474,13 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
     grad_input.expect(i, sum, filters);
   }
   for (int64_t i = 0; wants_weight && i < filters * channels; ++i) {
-    double sum = 0;
+    double sum = 0, magnitude = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      sum += dz[row * filters + i / channels] * input[row * channels + i % channels];
+      const double term = dz[row * filters + i / channels] * input[row * channels + i % channels];
+      sum += term;
+      magnitude += std::abs(term);  // each dz' is rounded by itself
     }
-    grad_weight.expect(i, sum, rows, dtype);
+    grad_weight.expect(i, sum, std::max(double(rows), magnitude), dtype);
   }
 }
 
