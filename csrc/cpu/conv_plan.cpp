@@ -291,7 +291,8 @@ static std::optional<Algorithm> cheaper_than(Algorithm other, Pass pass, const C
   for (const Algorithm algorithm : kAlgorithms) {
     const Cost* cost = algorithm == other ? nullptr : table->find(algorithm, pass, c);
     if (!cost || cost->seconds(c) >= std::min(least, most * (1 - std::max(cost->error, known->error)))) continue;
-    if (why_not(algorithm, pass, c)) continue;
+    // What the rule says of a layer unlike those that were measured, as of one with few filters, no row knows.
+    if (why_not(algorithm, pass, c) || !is_faster(algorithm, pass, c)) continue;
     best = algorithm;
     least = cost->seconds(c);
   }
