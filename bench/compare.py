@@ -264,8 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Where memory lies differs between runs, so that among many rows of the same code one may be slower for certain.
     parser.add_argument(
         "--fail-on-slower", nargs="?", choices=("mean", "row"), const="mean",
-        help="exit status 1 if ours is slower in a geometric mean (where there is none, in a row), with 'row' in any row, "
-        "or if B lacks a row of it",
+        help="exit status 1 if ours is slower in a geometric mean (where there is none, in a row), with 'row' in any "
+        "row, or if B lacks a row of it",
     )  # fmt: skip
 
 
