@@ -101,7 +101,13 @@ def _conditions(one: Found, what: str) -> str:
     parts = [f"{run.machine['cpu']}, {run.machine['cores']} cores", f"torch {run.versions['torch']}"]
     parts += [f"{name} {_span([getattr(row.setting, name) for row in run.rows])}" for name in ("threads", "batch")]
     parts += [f"{_span(rounds)} interleaved rounds"] if rounds else []
-    return f"{what}: {', '.join(parts)}; {run.date}, {one.link}."
+    return f"{what}: {', '.join(parts)}; {run.date}, {_commit(run)}{one.link}."
+
+
+def _commit(run: Run) -> str:
+    if run.commit is None:
+        return ""
+    return f"commit {run.commit['hash'][:7]}{' with changes' if run.commit['dirty'] else ''}, "
 
 
 def _span(values: Sequence[int]) -> str:
@@ -116,7 +122,8 @@ def _layers(one: Found) -> Iterator[str]:
     yield (
         f"![Time over conv + ReLU of conv + BN + ReLU and of Deep Control]({PICTURES}/layers.svg)\n\n"
         "Time over conv + ReLU, geometric mean over the layers, with the 95 % interval of ours and its worst layer. "
-        "Training is forward + backward; conv + ReLU has no norm at all."
+        "Training is forward + backward; conv + ReLU has no norm at all. Whether a target is reached goes by the "
+        "measured value, wherever its interval ends."
     )
     yield _means_table(run)
     yield from _targets(run)
@@ -143,12 +150,11 @@ def _means_table(run: Run) -> str:
     ]
     for setting, own in by_setting(rows).items():
         ours = mean(own, "ours")
-        worst = max(own, key=lambda row: median(row.ratios("ours")))
         cells = [f"{typical(own, p):.2f}" if all(p in row.seconds for row in own) else "-" for p in peers]
         over = typical(own, _BATCH_NORM, "ours") if all(_BATCH_NORM in row.seconds for row in own) else None
         lines.append([
             _place(setting, run), *cells, f"**{ours.value:.2f}**", f"{ours.low:.2f} to {ours.high:.2f}",
-            f"{median(worst.ratios('ours')):.2f} ({worst.case})", f"{over:.2f}" if over else "-",
+            _worst(own), f"{over:.2f}" if over else "-",
         ])  # fmt: skip
     return markdown_table(lines)
 
@@ -213,14 +219,23 @@ def _reading(rows: Sequence[Row]) -> str:
 def _other_sets(found: Sequence[Found]) -> Iterator[str]:
     if not found:
         return
-    lines = [["shapes", "dtype, layout, mode", "layers", "ours over conv + ReLU", "conv + BN + ReLU over ours"]]
+    head = ["shapes", "dtype, layout, mode", "layers", "ours over conv + ReLU", "worst layer of ours"]
+    lines = [[*head, "conv + BN + ReLU over ours"]]
     for one in found:
         for setting, rows in by_setting(one.run.rows).items():
-            cells = [mean(rows, "ours"), mean(rows, _BATCH_NORM, "ours")]
+            ours, over = (_interval(mean(rows, *peers)) for peers in (("ours",), (_BATCH_NORM, "ours")))
             shapes = f"{one.run.conditions['set']} ({one.link})"
-            lines.append([shapes, _place(setting, one.run), str(len(rows)), *(_interval(cell) for cell in cells)])
+            lines.append([shapes, _place(setting, one.run), str(len(rows)), ours, _worst(rows), over])
     yield "All other shapes that were timed, geometric means with 95 % intervals:"
     yield markdown_table(lines)
+    for one in found:
+        for text in _targets(one.run):
+            yield f"{one.run.conditions['set']}: {text}" if text.startswith("Targets") else text
+
+
+def _worst(rows: Sequence[Row]) -> str:
+    worst = max(rows, key=lambda row: median(row.ratios("ours")))
+    return f"{median(worst.ratios('ours')):.2f} ({worst.case})"
 
 
 def _interval(found: bootstrap.Interval | None) -> str:
