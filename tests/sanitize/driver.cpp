@@ -474,13 +474,11 @@ static void pointwise_backward(Dtype dtype, Activation activation, int64_t sampl
     grad_input.expect(i, sum, filters);
   }
   for (int64_t i = 0; wants_weight && i < filters * channels; ++i) {
-    double sum = 0, magnitude = 0;
+    double sum = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      const double term = dz[row * filters + i / channels] * input[row * channels + i % channels];
-      sum += term;
-      magnitude += std::abs(term);  // each dz' is rounded by itself
+      sum += dz[row * filters + i / channels] * input[row * channels + i % channels];
     }
-    grad_weight.expect(i, sum, std::max(double(rows), magnitude), dtype);
+    grad_weight.expect(i, sum, rows, dtype);
   }
 }
 
