@@ -8,10 +8,11 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,17 @@ are kernels that Triton compiles when they are first needed."""
 ROUND_WEIGHTS = ("cpu",)
 """Their convolutions take a float32 weight beside a 16-bit input, round it themselves and return a float32 gradient."""
 
-tune: bool = os.environ.get("DEEPCONTROL_TUNE") == "1"
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+def _switch(variable: str) -> bool:
+    given = os.environ.get(variable, "")
+    if given.lower() not in _ON + _OFF:
+        raise ValueError(f"{variable}: got {given!r}, wanted {', '.join(_ON)}, or {', '.join(_OFF[:-1])} or nothing")
+    return given.lower() in _ON
+
+
+tune: bool = _switch("DEEPCONTROL_TUNE")
 """Whether the first call of each layer times the algorithms that take it and keeps the fastest (``tuning``); here on
 CPUs. What was timed holds until the process ends."""
 
@@ -184,7 +195,8 @@ ALGORITHMS = {
 
 
 def _describe_cpu(op: str, input: Tensor, weight: Tensor | None, geometry: Geometry) -> str:
-    return f"{_ops.extension.info()['isa']} kernels around oneDNN"
+    kernels = f"{_ops.extension.info()['isa']} kernels"
+    return f"{kernels}, convolutions by them or by oneDNN" if op == "conv_center" else kernels
 
 
 def _case_cpu(input: Tensor, weight: Tensor, geometry: Geometry):
@@ -319,30 +331,49 @@ def use(name: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def prefer(algorithm: str, backend: str = "cuda") -> Iterator[None]:
-    """One of ``ALGORITHMS[backend]`` for every convolution of the backend inside, though another be taken for faster.
+def prefer(algorithm: str, backend: str | None = None) -> Iterator[None]:
+    """One of ``ALGORITHMS`` for every convolution of its backend inside, though another be taken for faster.
 
     A convolution that the algorithm does not take raises ``RuntimeError`` with the reason, in the forward pass. A
     backward pass that it does not take is that of "two passes"; on a GPU "two passes" leaves the weight gradient to the
     library, all others take this package's own where it has one. The preference is one for the whole process.
-    ``ValueError`` for an unknown name.
+    ``ValueError`` for an unknown name, ``RuntimeError`` where no backend that has the algorithm can run.
 
     Args:
-        backend: "cpu" or "cuda".
+        backend: "cpu" or "cuda", or None for each of them that has an algorithm of that name and can run.
     """
+    with ExitStack() as stack:
+        for name in _with_algorithm(algorithm) if backend is None else (_checked_algorithm(algorithm, backend),):
+            before = _algorithms.get(name)
+            _prefer(algorithm, name)
+            stack.callback(_prefer, before, name)
+        yield
+
+
+def _with_algorithm(algorithm: str) -> list[str]:
+    """The backends that have an algorithm and can run."""
+    having = [backend for backend, known in ALGORITHMS.items() if isinstance(algorithm, str) and algorithm in known]
+    if not having:
+        wanted = ", or ".join(f"{backend}'s {', '.join(map(repr, known))}" for backend, known in ALGORITHMS.items())
+        raise ValueError(f"algorithm: got {algorithm!r}, wanted one of {wanted}")
+    reasons = {backend: _compiled[backend].unavailable() for backend in having}
+    if all(reasons.values()):
+        raise RuntimeError("; ".join(f"backend {backend!r}: {reason}" for backend, reason in reasons.items()))
+    return [backend for backend, reason in reasons.items() if reason is None]
+
+
+def _checked_algorithm(algorithm: str, backend: str) -> str:
     if backend not in _compiled or backend == "triton":
-        raise ValueError(f"backend: got {backend!r}, wanted 'cpu' or 'cuda'; the others have no algorithms to prefer")
+        raise ValueError(
+            f"backend: got {backend!r}, wanted 'cpu' or 'cuda', or None for all that have the algorithm; others have "
+            "none to prefer"
+        )
     known = ALGORITHMS["cpu" if backend == "cpu" else "cuda"]
     if not isinstance(algorithm, str) or algorithm not in known:
         raise ValueError(f"algorithm: got {algorithm!r}, wanted one of {', '.join(map(repr, known))}")
     if backend in ALGORITHMS and (reason := _compiled[backend].unavailable()):
         raise RuntimeError(f"backend {backend!r}: {reason}")
-    before = _algorithms.get(backend)
-    _prefer(algorithm, backend)
-    try:
-        yield
-    finally:
-        _prefer(before, backend)
+    return backend
 
 
 def _prefer(algorithm: str | None, backend: str) -> None:
@@ -437,26 +468,43 @@ _cache: tuning.Cache | None = None
 
 def time_layer(input: Tensor, weight: Tensor, geometry: Geometry) -> None:
     """Find the fastest algorithms of a layer on a CPU, unless they are known or nothing may be timed now."""
+    possible = _untimed(input, weight, geometry)
+    if possible is not None:
+        timed = tuning.time_on_cpu(input, weight, geometry, possible)
+        _timed_before().add(_layer_text(input, weight, geometry), timed)
+        _keep(timed, input, weight, geometry)
+
+
+def _untimed(input: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, list[str]] | None:
+    """By pass the algorithms of a layer that its next call times, or None where it times nothing.
+
+    What an earlier process timed is from here on what the layer takes.
+    """
+    if not isinstance(tune, bool):
+        raise TypeError(f"backends.tune: got {tune!r}, wanted True or False")
     if input.device.type != "cpu" or "cpu" in _algorithms or not tuning.may_time(input, weight):
-        return
+        return None
     layer = _layer_text(input, weight, geometry)
     if layer in _timed:
-        return
-    case = _case_cpu(input, weight, geometry)
-    plan = _ops.extension.plan_conv_cpu(case)
+        return None
+    plan = _ops.extension.plan_conv_cpu(_case_cpu(input, weight, geometry))
     possible = {
         name: [algorithm for algorithm, obstacle in plan[name]["obstacles"].items() if obstacle is None]
         for name in tuning.PASSES
     }
     if all(len(algorithms) == 1 for algorithms in possible.values()):
         _timed[layer] = None
-        return
-    cache = _timed_before()
-    timed = cache.known.get(layer)
+        return None
+    timed = _timed_before().known.get(layer)
     if timed is None or any(getattr(timed, name).keys() != set(possible[name]) for name in possible):
-        timed = tuning.time_on_cpu(input, weight, geometry, possible)
-        cache.add(layer, timed)
-    _timed[layer] = timed
+        return possible
+    _keep(timed, input, weight, geometry)
+    return None
+
+
+def _keep(timed: tuning.Timed, input: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    _timed[_layer_text(input, weight, geometry)] = timed
+    case = _case_cpu(input, weight, geometry)
     for name in tuning.PASSES:
         _ops.extension.remember_fastest_cpu(case, name, timed.fastest(name))
 
@@ -584,30 +632,70 @@ def explain(
     op: str = "conv_center",
     weight: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: str | int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> str:
     """What would run for ``input`` and why, in words; ``op`` and ``weight`` as for ``choose``.
 
     With a weight, "cpu" and "cuda" have a line for each algorithm: what it costs, or why it does not take the layer. On
-    a CPU that is as ``tune`` timed it or the table of costs predicts it, on a GPU counted from bytes and operations.
+    a CPU that is as ``tune`` timed it, here or in an earlier process, or as the table of costs predicts it; on a GPU it
+    is counted from bytes and operations. Nothing is run or timed.
 
     Args:
-        stride, padding, dilation: of the convolution, one integer for each spatial dimension or one for all.
+        stride, padding, dilation, groups: of the convolution, as the op takes them.
+
+    Raises:
+        TypeError, ValueError: what the op raises for an input, weight and geometry that do not fit each other.
+        RuntimeError: the backend asked for cannot run.
     """
     if op not in _PARTS:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(_PARTS)}")
-    name = choose(input, requested, op, weight, stride)
-    why = _why(name, input, requested, op, weight, stride)
+    functional = _functional()
+    functional._check_tensors(input=input)
+    geometry: Geometry = ((), (), (), groups)
+    if op == "conv_center" and weight is not None:
+        input, weight, geometry = _as_called(input, weight, stride, padding, dilation, groups)
+    elif op != "project_kernel_gradients_":
+        functional._check_input(input, None)
+    name = choose(input, requested, op, weight, geometry[0])
+    why = _why(name, input, requested, op, weight, geometry[0])
     if name not in _compiled:
         return f"{name}: {why}"
-    geometry = (*(_each(values, input) for values in (stride, padding, dilation)), groups)
     detail = _compiled[name].describe(op, input, weight, geometry)
     lines = [f"{name}, {detail}: {why}" if detail else f"{name}: {why}"]
     if op == "conv_center" and weight is not None and name in _CANDIDATES:
         lines += _CANDIDATES[name](input, weight, geometry)
     return "\n".join(lines)
+
+
+def _functional() -> ModuleType:
+    """The module of the ops, which imports this one."""
+    return importlib.import_module(".functional", __package__)
+
+
+def _as_called(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Geometry]:
+    """Input, weight and geometry as the op has them behind autocast and its checks, which raise here too."""
+    f = _functional()
+    f._check_tensors(input=input, weight=weight)
+    if f._autocasting(input):
+        input, weight = f._autocast(input), f._autocast(weight)
+    # Of a wrong pair the input is the one that is more often wrong: a single image.
+    rank = weight.dim() - 2
+    f._check_input(input, rank if 1 <= rank <= 3 else None)
+    rank = input.dim() - 2
+    stride, dilation = f._tuple("stride", stride, rank, 1), f._tuple("dilation", dilation, rank, 1)
+    f._check_weight(input, weight, rank, groups, input.dtype)
+    input, padding = f._resolve_padding(input, weight, padding, stride, dilation, rank)
+    f._output_shape(input, weight, stride, padding, dilation)
+    return input, weight, (stride, padding, dilation, groups)
 
 
 _SOURCES = {
@@ -620,6 +708,7 @@ _SOURCES = {
 
 def _candidates_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
     """A line for each pass and algorithm: what it costs and from where that is known, or why it does not take it."""
+    untimed = None if tune is False else _untimed(input, weight, geometry)
     plan = _ops.extension.plan_conv_cpu(_case_cpu(input, weight, geometry))
     timed = _timed.get(_layer_text(input, weight, geometry))
     width = max(map(len, ALGORITHMS["cpu"]))
@@ -639,6 +728,8 @@ def _candidates_on_cpu(input: Tensor, weight: Tensor, geometry: Geometry) -> lis
                 cost = "cost unknown"
             chosen = f"; chosen, {_SOURCES[of_pass['source']]}" if algorithm == of_pass["chosen"] else ""
             lines.append(head + cost + chosen)
+    if untimed is not None:
+        lines.append("  not timed yet: the first call times those that take it, and the fastest is chosen from then on")
     return lines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import activations, autograd, backends, reference
 
@@ -67,7 +68,11 @@ def deep_control(
         return reference.deep_control(
             input, gain, mean_scale, bias, residual=residual, activation=activation, negative_slope=negative_slope
         )
-    return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope, backend)
+    try:
+        return autograd.center(input, gain, mean_scale, bias, residual, activation, negative_slope, backend)
+    except RuntimeError:
+        _refuse_transforms(backend, 0.0)
+        raise
 
 
 def deep_control_conv(
@@ -113,20 +118,24 @@ def deep_control_conv(
     out_shape = _output_shape(input, weight, stride, padding, dilation)
     _check_residual(input, residual, out_shape)
     backend = backends.choose(input, backend, "conv_center", weight, stride)
-    if backends.tune and backend == "cpu" and not torch.compiler.is_compiling():
+    if backends.tune is not False and backend == "cpu" and not torch.compiler.is_compiling():
         backends.time_layer(input, weight, (stride, padding, dilation, groups))
     if weight_dtype != input.dtype and backend not in backends.ROUND_WEIGHTS:
         weight = weight.to(input.dtype)
-    if backend == "reference":
-        return reference.deep_control_conv(
-            input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
-            residual=residual, activation=activation, negative_slope=negative_slope,
-            projection=0.0 if torch.compiler.is_exporting() else projection,
+    try:
+        if backend == "reference":
+            return reference.deep_control_conv(
+                input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
+                residual=residual, activation=activation, negative_slope=negative_slope,
+                projection=0.0 if torch.compiler.is_exporting() else projection,
+            )  # fmt: skip
+        return autograd.conv_center(
+            input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,
+            negative_slope, projection, backend,
         )  # fmt: skip
-    return autograd.conv_center(
-        input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,
-        negative_slope, projection, backend,
-    )  # fmt: skip
+    except RuntimeError:
+        _refuse_transforms(backend, projection)
+        raise
 
 
 def deep_control_conv1d(
@@ -323,6 +332,22 @@ def check_noise(scale: float, shift: float) -> None:
         raise TypeError(f"shift: got {shift!r}, wanted a number of at least 0")
     if not 0.0 <= shift < math.inf:
         raise ValueError(f"shift: got {shift!r}, wanted a number of at least 0")
+
+
+def _refuse_transforms(backend: str, projection: float) -> None:
+    """Raise with what works instead, if it is torch.func or a forward-mode derivative that a call failed in."""
+    functorch = torch._C._functorch
+    kinds = {interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()}
+    derivatives = kinds & {functorch.TransformType.Grad, functorch.TransformType.Jvp}
+    if backend != "reference" and (derivatives or forward_ad._current_level >= 0):
+        raise RuntimeError(
+            f"backend {backend!r}: its ops take no forward-mode derivatives and none of torch.func's transforms but "
+            f"vmap; backend='reference' takes them{', with projection=0.0' if projection else ''}"
+        )
+    if backend == "reference" and kinds and projection:
+        raise RuntimeError(
+            f"projection: got {projection!r}, wanted 0.0 in torch.func's transforms, which take no projected gradient"
+        )
 
 
 def _check_tensors(**arguments: Tensor | None) -> None:

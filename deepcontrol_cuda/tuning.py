@@ -1,7 +1,8 @@
 """Times the algorithms of a layer at its first call, and keeps which is the fastest in a file for later processes.
 
-The file is JSON in ``folder()``, one for each situation: package, torch, kernels and processor. Several processes may
-write it at a time: each adds what it found under a lock and puts the whole file in place in one step.
+The file is JSON in ``folder()``, one for each situation: package, torch, kernels and processor. It has layers in the
+order in which they were timed, and no more than ``MOST_LAYERS``: the oldest go. Several processes may write it at a
+time: each adds what it found under a lock and puts the whole file in place in one step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from . import _ops, files
 from ._version import __version__
 
 VARIABLE = "DEEPCONTROL_CACHE_DIR"
+MOST_LAYERS = 4096
 _FORMAT = 1
 _SECONDS = 0.1
 """For the timing of one pass; there are at least ``_LEAST`` rounds."""
@@ -88,22 +90,25 @@ class Cache:
         self.path = where / f"timed-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self._situation = dict(situation)
         self._told = False
+        self._unsaved: dict[str, Timed] = {}
         self.known = self._read()
 
     def add(self, layer: str, timed: Timed) -> None:
         """Keep one layer's times; where the file cannot be written, in this process only, with one warning."""
-        self.known[layer] = timed
+        self.known[layer] = self._unsaved[layer] = timed
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with files.hold(self.path.parent):
                 # What others found in the meantime stays; of the same layer the last one's.
-                self.known = self._read() | self.known
+                older = [(name, one) for name, one in self._read().items() if name not in self._unsaved]
+                self.known = dict([*older, *self._unsaved.items()][-MOST_LAYERS:])
                 content = {
                     "format": _FORMAT,
                     "situation": self._situation,
-                    "layers": {name: one._asdict() for name, one in sorted(self.known.items())},
+                    "layers": {name: one._asdict() for name, one in self.known.items()},
                 }
                 files.replace(self.path, (json.dumps(content, indent=1) + "\n").encode())
+                self._unsaved.clear()
         except OSError as error:
             self._warn(f"keeps no times of layers for later processes: {error}; {VARIABLE} names another folder")
 

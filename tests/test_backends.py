@@ -126,6 +126,56 @@ def test_explain_names_the_device_without_kernels():
     assert backends.explain(X.to("meta")) == "reference: no kernels of this package run on meta tensors yet"
 
 
+def test_explain_names_onednn_where_it_may_run(backend):
+    assert "convolutions by them or by oneDNN" in backends.explain(X)
+    assert "oneDNN" not in backends.explain(X, op="center")
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry"),
+    [
+        (X, torch.ones(4, 3, 1, 1), {}),
+        (X, torch.ones(4, 2, 1, 1), {"groups": 2}),
+        (X, torch.ones(4, 2, 1, 1), {"groups": 3}),
+        (X[0], torch.ones(4, 2, 1, 1), {}),
+        (X, torch.ones(4, 2), {}),
+        (X, torch.ones(4, 2, 1, 1).double(), {}),
+        (X.int(), torch.ones(4, 2, 1, 1), {}),
+        (X, torch.ones(4, 2, 1, 1, device="meta"), {}),
+        (X, torch.ones(4, 2, 5, 5), {}),
+        (X, torch.ones(4, 2, 1, 1), {"stride": 0}),
+        (X, torch.ones(4, 2, 1, 1), {"padding": "full"}),
+        (X, torch.ones(4, 2, 1, 1), {"dilation": (1, 1, 1)}),
+        (X, [1.0], {}),
+    ],
+    ids=["channels", "group-channels", "groups", "single-image", "weight-rank", "dtype", "integers", "device", "empty",
+         "stride", "padding", "dilation", "list"],
+)  # fmt: skip
+def test_explain_refuses_what_the_op_refuses(x, weight, geometry):
+    with pytest.raises((TypeError, ValueError)) as of_op:
+        dc.functional.deep_control_conv2d(x, weight, **geometry)
+    with pytest.raises(of_op.type) as of_explain:
+        backends.explain(x, weight=weight, **geometry)
+    assert str(of_explain.value) == str(of_op.value)
+
+
+def test_explain_refuses_maps_that_the_op_refuses():
+    for op in ("center", "conv_center"):
+        with pytest.raises(ValueError, match=r"input: got shape \(3, 3\), wanted \(N, C, \*spatial\)"):
+            backends.explain(X[0, 0], op=op)
+        with pytest.raises(TypeError, match="input: got list, wanted a tensor"):
+            backends.explain([1.0], op=op)
+    assert backends.explain(X[0, 0], op="project_kernel_gradients_")
+
+
+def test_explain_takes_the_paddings_and_autocast_of_the_op(backend):
+    weight = torch.ones(4, 2, 3, 3)
+    assert backends.explain(X, weight=weight, padding="same") == backends.explain(X, weight=weight, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = backends.explain(X, weight=weight, padding=1)
+    assert text == backends.explain(X.bfloat16(), weight=weight.bfloat16(), padding=1)
+
+
 EXPLAIN = "import torch, deepcontrol_cuda as dc; print(dc.backends.explain(torch.ones(1, 1, 1)))"
 
 
@@ -144,9 +194,38 @@ def test_environment_variable_backend_invalid():
     assert last.startswith("ValueError: DEEPCONTROL_BACKEND: got 'cudnn', wanted one of reference, cpu")
 
 
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("1", True), ("true", True), ("Yes", True), ("ON", True), ("0", False), ("False", False), ("no", False),
+     ("oFF", False), ("", False)],
+)  # fmt: skip
+def test_environment_variable_tune(monkeypatch, value, on):
+    monkeypatch.setenv("DEEPCONTROL_TUNE", value)
+    assert backends._switch("DEEPCONTROL_TUNE") is on
+    monkeypatch.delenv("DEEPCONTROL_TUNE")
+    assert backends._switch("DEEPCONTROL_TUNE") is False
+
+
+def test_environment_variable_tune_invalid():
+    run = python(EXPLAIN, DEEPCONTROL_TUNE="maybe")
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ValueError: DEEPCONTROL_TUNE: got 'maybe', wanted 1, true, yes, on, or 0, false, no, off or nothing"
+    )
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, None])
+def test_tune_is_true_or_false(monkeypatch, backend, value):
+    monkeypatch.setattr(backends, "tune", value)
+    for call in (dc.functional.deep_control_conv2d, lambda x, weight: backends.explain(x, weight=weight)):
+        with pytest.raises(TypeError, match=f"backends.tune: got {value!r}, wanted True or False"):
+            call(X, torch.ones(4, 2, 3, 3))
+
+
 def test_environment_variable_isa():
     run = python(EXPLAIN, DEEPCONTROL_ISA="portable")
-    assert run.stdout.startswith("cpu, portable kernels around oneDNN"), run.stderr
+    assert run.stdout.startswith("cpu, portable kernels, "), run.stderr
 
 
 @pytest.mark.parametrize(
@@ -516,7 +595,7 @@ def test_an_unknown_algorithm_is_not_preferred(backend, algorithm):
         pass
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "bogus", None])
+@pytest.mark.parametrize("backend", ["reference", "triton", "bogus"])
 def test_other_backends_have_no_algorithms_to_prefer(backend):
     with (
         pytest.raises(ValueError, match=r"backend: got .*, wanted 'cpu' or 'cuda'"),
@@ -528,8 +607,38 @@ def test_other_backends_have_no_algorithms_to_prefer(backend):
 def test_an_algorithm_is_preferred_where_cuda_is():
     if (reason := backends.available()["cuda"]) is None:
         pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda': {reason}")), backends.prefer("direct"):
+    with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda': {reason}")), backends.prefer("direct", "cuda"):
         pass
+
+
+@pytest.mark.parametrize("algorithm", ["fastest", "", None, ["direct"]])
+def test_an_algorithm_that_no_backend_has_is_not_preferred(algorithm):
+    names = r"of cuda's 'fused sm90', .*, or cpu's 'product', 'direct', 'winograd', 'two passes'$"
+    with pytest.raises(ValueError, match=rf"algorithm: got .*, wanted one {names}"), backends.prefer(algorithm):
+        pass
+
+
+def test_an_algorithm_whose_backends_cannot_run_is_refused_with_the_reasons(no_extension):
+    reason = "the compiled extension is not built"
+    for algorithm, words in (
+        ("winograd", f"backend 'cpu': {reason}"),
+        ("two passes", f"backend 'cuda': {reason}; backend 'cpu': {reason}"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{words}$"), backends.prefer(algorithm):
+            pass
+
+
+def test_an_algorithm_is_preferred_on_every_backend_that_has_it_and_can_run(monkeypatch, machine):
+    told = []
+    monkeypatch.setattr(backends, "_prefer", lambda algorithm, backend: told.append((backend, algorithm)))
+    with backends.prefer("two passes"):
+        assert told == [("cuda", "two passes"), ("cpu", "two passes")]
+    assert told[2:] == [("cpu", None), ("cuda", None)]
+    machine(built=False)
+    for algorithm, found in (("direct", ["cpu"]), ("winograd", ["cpu"])):
+        told.clear()
+        with backends.prefer(algorithm):
+            assert [backend for backend, _ in told] == found
 
 
 POINTWISE = torch.ones(4, 2, 1, 1)
@@ -553,7 +662,7 @@ def product():
 def test_an_algorithm_is_preferred_on_a_cpu_until_the_preference_ends(product):
     x = torch.randn(8, 2, 9, 9).contiguous(memory_format=torch.channels_last)
     chosen = [plan_of(x, POINTWISE)[name]["chosen"] for name in ("forward", "backward")]
-    with backends.prefer("two passes", "cpu"):
+    with backends.prefer("two passes"):
         assert [plan_of(x, POINTWISE)[name]["chosen"] for name in ("forward", "backward")] == ["two passes"] * 2
         by_two_passes = dc.functional.deep_control_conv2d(x, POINTWISE)
         with backends.prefer("product", "cpu"):

@@ -126,7 +126,7 @@ def test_info(capsys):
     assert "plain PyTorch" in rows["backend reference"]
     info = _ops.extension.info()
     assert info["isa"] in rows["extension"]
-    assert rows["backend cpu"] == f"{info['isa']} kernels around oneDNN"
+    assert rows["backend cpu"] == f"{info['isa']} kernels, convolutions by them or by oneDNN"
     for name, reason in backends.available().items():
         assert (reason is None) != (rows[f"backend {name}"] == f"not available: {reason}")
     assert rows["chosen on cpu"].startswith("cpu, ")

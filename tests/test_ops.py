@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import _ops, activations, reference
@@ -460,11 +462,48 @@ def test_small_gains_in_float16(backend):
     assert_within_budget(grads[2], grads[0], grads[1], torch.float16)
 
 
+def tangent(call, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+DERIVATIVES = {
+    "grad": lambda call, x: torch.func.grad(lambda x: call(x).square().sum())(x),
+    "vjp": lambda call, x: torch.func.vjp(lambda x: call(x).sin(), x)[1](call(x))[0],
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x.cos(),))[1],
+    "jacfwd": lambda call, x: torch.func.jacfwd(call)(x),
+    "per sample": lambda call, x: torch.func.vmap(torch.func.grad(lambda x: call(x[None]).square().sum()))(x),
+    "forward mode": tangent,
+}
+
+
 @on_every_backend
-def test_forward_mode_is_refused(backend):
-    """Rather than a derivative of zero."""
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jacfwd(lambda x: dc.functional.deep_control(x, backend=backend))(torch.randn(1, 1, 2))
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_derivatives_that_ops_do_not_have_name_what_does(backend, derivative):
+    """Rather than a derivative of zero, or an error of torch that names nothing."""
+    x, weight = torch.randn(2, 2, 3, 3), torch.randn(2, 2, 2, 2)
+
+    def center(x, backend=backend):
+        return dc.functional.deep_control(x, backend=backend)
+
+    def conv(x, backend=backend, projection=0.9):
+        return dc.functional.deep_control_conv2d(x, weight, projection=projection, backend=backend)
+
+    takes = rf"^backend '{backend}': .*transforms but vmap; backend='reference' takes them"
+    with pytest.raises(RuntimeError, match=f"{takes}$"):
+        derivative(center, x)
+    with pytest.raises(RuntimeError, match=f"{takes}, with projection=0.0$"):
+        derivative(conv, x)
+    assert derivative(partial(center, backend="reference"), x).any()
+    assert derivative(partial(conv, backend="reference", projection=0.0), x).any()
+
+
+def test_the_reference_refuses_a_projection_in_transforms():
+    def conv(weight):
+        return dc.functional.deep_control_conv2d(torch.ones(1, 1, 3, 3), weight, projection=0.9, backend="reference")
+
+    with pytest.raises(RuntimeError, match=r"projection: got 0\.9, wanted 0\.0 in torch\.func's transforms"):
+        torch.func.vmap(conv)(torch.ones(2, 1, 1, 2, 2))
 
 
 @on_every_backend
@@ -661,7 +700,7 @@ def test_other_instruction_sets(isa):
     """The op tests once more with the kernels that this machine would not choose."""
     environment = {**os.environ, "DEEPCONTROL_ISA": isa}
     probe = subprocess.run(
-        [sys.executable, "-c", "import torch, deepcontrol_cuda as dc; print(dc.backends.explain(torch.ones(1)))"],
+        [sys.executable, "-c", "import torch, deepcontrol_cuda as dc; print(dc.backends.explain(torch.ones(1, 1, 1)))"],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if "this processor can run" in probe.stderr + probe.stdout:

@@ -200,6 +200,41 @@ def test_a_layer_is_timed_once_and_others_read_it(monkeypatch):
     assert len(asked) == 2
 
 
+def test_explain_reads_what_earlier_processes_timed(monkeypatch):
+    """Before the layer's first call, without timing and without writing."""
+    x, w = layer()
+    tuning.Cache(tuning.folder(), tuning.situation()).add(
+        backends._layer_text(x, w, GEOMETRY),
+        tuning.Timed({"product": 2.0, "two passes": 1.0}, {"product": 1.0, "two passes": 2.0}),
+    )
+    (path,) = tuning.folder().iterdir()
+    before = path.stat()
+    monkeypatch.setattr(tuning, "time_on_cpu", lambda *_: pytest.fail("timed"))
+    assert "timed here" not in backends.explain(x, weight=w)
+    monkeypatch.setattr(backends, "tune", True)
+    said = [line.split(maxsplit=1)[1] for line in backends.explain(x, weight=w).splitlines() if "; chosen" in line]
+    assert said == [
+        "two passes  1e+03 ms, timed here; chosen, the fastest that was timed here",
+        "product     1e+03 ms, timed here; chosen, the fastest that was timed here",
+    ]
+    dc.functional.deep_control_conv2d(x, w)
+    assert chosen(x, w) == [("two passes", "timed"), ("product", "timed")]
+    after = path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_explain_says_that_a_call_would_time(monkeypatch):
+    x, w = layer()
+    monkeypatch.setattr(tuning, "time_on_cpu", lambda *_: pytest.fail("timed"))
+    assert "not timed yet" not in backends.explain(x, weight=w)
+    monkeypatch.setattr(backends, "tune", True)
+    last = backends.explain(x, weight=w).splitlines()[-1]
+    assert last == "  not timed yet: the first call times those that take it, and the fastest is chosen from then on"
+    assert not tuning.folder().exists()
+    with backends.prefer("two passes", "cpu"):
+        assert "not timed yet" not in backends.explain(x, weight=w)
+
+
 def test_what_was_timed_goes_before_the_table_and_what_is_preferred_before_both(monkeypatch, table):
     x, w = layer()
     table(cost("product", 2.0), cost("two passes", 1.0))
@@ -264,6 +299,42 @@ def test_a_cache_that_cannot_be_used_is_told_once_and_replaced(content):
         tuning.Cache(where, about).add("b", timed)
     assert len(caught) == 1
     assert tuning.Cache(where, about).known == {"b": timed}
+
+
+def known(about):
+    """Layers in the file, in its order."""
+    return list(tuning.Cache(tuning.folder(), about).known)
+
+
+def test_the_oldest_layers_go(monkeypatch):
+    monkeypatch.setattr(tuning, "MOST_LAYERS", 3)
+    about, timed = {"torch": "1"}, tuning.Timed({"product": 1.0}, {"product": 1.0})
+    one = tuning.Cache(tuning.folder(), about)
+    for name in "cbad":
+        one.add(name, timed)
+    assert known(about) == list("bad")
+    one.add("b", timed)
+    assert known(about) == list("adb")
+    # What another process dropped does not come back with the layers that this one knows.
+    tuning.Cache(tuning.folder(), about).add("e", timed)
+    one.add("f", timed)
+    assert known(about) == list("bef")
+
+
+def test_what_could_not_be_written_is_written_with_the_next(monkeypatch):
+    about, timed = {"torch": "1"}, tuning.Timed({"product": 1.0}, {"product": 1.0})
+    cache = tuning.Cache(tuning.folder(), about)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(tuning.files, "replace", full)
+        with pytest.warns(UserWarning, match="keeps no times of layers for later processes: no space left"):
+            cache.add("a", timed)
+    assert list(cache.known) == ["a"]
+    cache.add("b", timed)
+    assert known(about) == ["a", "b"]
 
 
 @pytest.mark.parametrize("what", ["deepcontrol_cuda", "torch", "kernels", "cpu"])
