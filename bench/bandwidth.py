@@ -6,8 +6,11 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 
 import torch
+
+from deepcontrol_cuda.training.table import markdown_table
 
 from . import bootstrap, grid, kernels, options, record, report
 from .clock import Clock
@@ -42,7 +45,10 @@ def run(asked: argparse.Namespace) -> int:
         for name, case in cases(setting, maps)
     ]
     conditions = {"quick": asked.quick, "batch": asked.batch}
-    return grid.run(Recording("bandwidth", asked.output, verdicts, asked.device, **conditions), cells, asked)
+    recording = Recording("bandwidth", asked.output, verdicts, asked.device, **conditions)
+    status = grid.run(recording, cells, asked)
+    print(f"\nBytes read and written a second, medians\n\n{table(recording.rows)}\n")
+    return status
 
 
 def _cache_bytes() -> int:
@@ -89,6 +95,17 @@ class _InTurn:
 
     def clear_gradients(self) -> None:
         """There are none."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [["kernel", "setting", "copy, GB/s", "ours, GB/s"]]
+    for row in rows:
+        lines.append([row.case, str(row.setting), *(_speed(row, peer) for peer in ("copy", "ours"))])
+    return markdown_table(lines)
+
+
+def _speed(row: Row, peer: str) -> str:
+    return report.significant(row.bytes / median(row.seconds[peer]) / 1e9) if peer in row.seconds else "-"
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:

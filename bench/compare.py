@@ -101,6 +101,12 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
     """Raises ``InputError`` where nothing can be compared."""
     if before.command != after.command:
         raise InputError(f"got runs of {before.command!r} and {after.command!r}, wanted two of the same command")
+    sets = [run.conditions.get("set") for run in (before, after)]
+    if None not in sets and sets[0] != sets[1]:
+        raise InputError(
+            f"got runs of the sets {sets[0]!r} and {sets[1]!r}, wanted two of the same set: their means and worst rows "
+            f"are of other layers; make one with python -m bench {before.command} --set {sets[0]}"
+        )
     rows, others = _by_key(before), _by_key(after)
     common = [key for key in rows if key in others]
     contradictions = _contradictions(before, after)

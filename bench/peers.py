@@ -82,6 +82,26 @@ PEERS = tuple(_LAYERS)
 MAIN = ("conv_relu", "conv_bn_relu", "ours")
 """The peers of the verdicts, which no run goes without."""
 MEAN_SHIFT_REJECTION = "ours, mean shift rejection"
+_WORDS = {
+    "conv": "the bare convolution",
+    "conv_relu": "convolution and ReLU; of a network the same one without its norms",
+    "conv_relu_": "convolution and ReLU in place",
+    "conv_bn_relu": "convolution, Batch Norm with the batch's statistics, ReLU",
+    "conv_bn_relu_compiled": "convolution, Batch Norm, ReLU through torch.compile",
+    "conv_bn_relu_folded": "convolution that Batch Norm's running statistics are folded into, ReLU; inference alone",
+    "conv_sync_bn_relu": "convolution, SyncBatchNorm, ReLU",
+    "conv_instance_norm_relu": "convolution, Instance Norm, ReLU",
+    "conv_group_norm_relu": "convolution, Group Norm of 32 groups or as many as divide the channels, ReLU",
+    "conv_inplace_abn": "convolution and InPlace-ABN (arXiv 1712.02616), whose activation is leaky",
+    "ours": "this package's layer, network or kernel, by the backend and algorithm that it chooses",
+    "ours, reference": "this package's layer in plain PyTorch",
+    MEAN_SHIFT_REJECTION: "this package's network with Mean Shift Rejection in place of its norms",
+    "copy": "a copy of as many bytes as the kernel moves",
+    "step": "backward and optimizer of a training step",
+    "projection": "the projection of kernel gradients between the two",
+    "not projected": "a training step whose backward does not project kernel gradients",
+    "projected": "the same step with the projection",
+}
 ALGORITHMS = "algorithms"
 """Stands for ours by every backend and algorithm, in a list of peers."""
 
@@ -184,6 +204,17 @@ def ways(device: str) -> dict[str, Way]:
         if not algorithms and device != "cpu":
             found[prefix.rstrip(", ")] = partial(backends.use, backend)
     return found
+
+
+def describe(peer: str) -> str:
+    """What a peer of a run is, in a line."""
+    if peer in _WORDS:
+        return _WORDS[peer]
+    way, _, algorithm = peer.removeprefix("ours, ").rpartition(", ")
+    words = backends.ALGORITHMS.get(way or "cpu", {}).get(algorithm)
+    if words is not None:
+        return f"this package's layer by backend {way or 'cpu'!r}: {words}"
+    return f"this package's layer by backend {algorithm!r}" if algorithm in backends.BACKENDS else "of another version"
 
 
 def _by(backend: str, algorithm: str) -> AbstractContextManager:

@@ -1,4 +1,4 @@
-"""Pictures of a run: ratio bars, roofline, scaling curves, bandwidth and memory, as matplotlib's figures."""
+"""Pictures of a run: ratio bars, roofline, scaling curves, bandwidth, overhead and memory, as matplotlib's figures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import bootstrap
 from .bootstrap import Interval
 from .reading import is_ours
+from .report import significant
 from .rows import Ceilings, Row, Run, Setting
 
 if TYPE_CHECKING:
@@ -331,35 +332,63 @@ def bandwidth(run: Run) -> Figure:
     rows = [row for row in run.rows if row.bytes]
     panels = _grouped(rows, lambda row: (row.setting.dtype, row.setting.layout, row.setting.mode, row.setting.threads))
     cases = list(dict.fromkeys(row.case for row in rows))
-    peers = list(dict.fromkeys(peer for row in rows for peer in row.seconds))[: _PEERS + 1]
-    tints = colours(peers)
-    height = 0.8 / len(peers)
+    peers = _timed(rows)
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure = _figure(2.6 + 2.7 * columns, 0.8 + lines * (0.7 + len(cases) * (0.12 + 0.16 * len(peers))))
     axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for panel, (key, own) in zip(axes, panels.items()):
-        for i, peer in enumerate(peers):
-            bars = [
-                (cases.index(row.case), row.bytes / median(row.seconds[peer]) / 1e9, row)
-                for row in own
-                if _has(row, peer)
-            ]
-            places = [g + (i - (len(peers) - 1) / 2) * height for g, _, _ in bars]
-            panel.barh(places, [v for _, v, _ in bars], 0.92 * height, color=tints[peer], label=label(peer))
-            for place, (_, value, row) in zip(places, bars):
-                share = "" if peer == row.baseline else f", {1 / median(row.ratios(peer)):.0%}"
-                panel.text(value, place, f" {value:.1f}{share}", va="center", fontsize=6.5)
-        panel.set_xlim(right=1.35 * panel.get_xlim()[1])
-        panel.set_ylim(len(cases) - 0.45, -0.55)
-        panel.set_yticks(range(len(cases)), cases, fontsize=8)
-        panel.tick_params(axis="y", length=0)
+        bars = {peer: [] for peer in peers}
+        for peer, row in ((peer, row) for peer in peers for row in own if peer in row.seconds):
+            value = row.bytes / median(row.seconds[peer]) / 1e9
+            share = "" if peer == row.baseline else f", {1 / median(row.ratios(peer)):.0%}"
+            bars[peer].append((cases.index(row.case), value, significant(value) + share))
+        _across(panel, cases, bars)
         panel.set_xlabel("GB / s", fontsize=9)
         panel.set_title(_words(key, panels), fontsize=10)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
     _legend(figure, f"share of {label(rows[0].baseline)} behind the number", peers)
     return figure
+
+
+def overhead(run: Run) -> Figure:
+    """Microseconds that a tiny layer costs by each peer: a panel a case, a group of bars a setting."""
+    rows = [row for row in run.rows if row.seconds]
+    panels = _grouped(rows, lambda row: row.case)
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    peers = _timed(rows)
+    figure = _figure(2.6 + 3.6 * len(panels), 1.5 + len(settings) * (0.12 + 0.16 * len(peers)))
+    names = [f"{_place(setting, run)}\n{setting.mode}" for setting in settings]
+    for panel, (case, own) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
+        bars = {peer: [] for peer in peers}
+        for peer, row in ((peer, row) for peer in peers for row in own if peer in row.seconds):
+            value = 1e6 * median(row.seconds[peer])
+            bars[peer].append((settings.index(row.setting), value, significant(value)))
+        _across(panel, names, bars)
+        panel.set_xlabel("microseconds", fontsize=9)
+        panel.set_title(case, fontsize=10)
+    _legend(figure, "a layer so small that its time is that of the calls; less is faster", peers)
+    return figure
+
+
+def _timed(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(peer for row in rows for peer in row.seconds))[: _PEERS + 1]
+
+
+def _across(panel: Axes, groups: Sequence[str], bars: Mapping[str, Sequence[tuple[int, float, str]]]) -> None:
+    """Bars in groups from top to bottom: by peer the index of the group, the length and the text behind it."""
+    tints = colours(list(bars))
+    height = 0.8 / len(bars)
+    for i, (peer, some) in enumerate(bars.items()):
+        places = [g + (i - (len(bars) - 1) / 2) * height for g, _, _ in some]
+        panel.barh(places, [value for _, value, _ in some], 0.92 * height, color=tints[peer], label=label(peer))
+        for place, (_, value, text) in zip(places, some):
+            panel.text(value, place, f" {text}", va="center", fontsize=6.5)
+    panel.set_xlim(right=1.35 * panel.get_xlim()[1])
+    panel.set_ylim(len(groups) - 0.45, -0.55)
+    panel.set_yticks(range(len(groups)), groups, fontsize=8)
+    panel.tick_params(axis="y", length=0)
 
 
 def memory(run: Run) -> Figure:
@@ -369,27 +398,21 @@ def memory(run: Run) -> Figure:
         found, lambda pair: (pair[1], pair[0].setting.dtype, pair[0].setting.layout, pair[0].setting.mode)
     )
     peers = list(dict.fromkeys(peer for row, what in found for peer in getattr(row, f"{what}_bytes")))[: _PEERS + 1]
-    tints = colours(peers)
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     cases = list(dict.fromkeys(row.case for row, _ in found))
-    height = 0.8 / len(peers)
     figure = _figure(2.6 + 2.9 * columns, 0.9 + lines * (0.75 + len(cases) * (0.12 + 0.17 * len(peers))))
     axes = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for panel, (key, own) in zip(axes, panels.items()):
-        for i, peer in enumerate(peers):
-            counts = [(cases.index(row.case), getattr(row, f"{what}_bytes")) for row, what in own]
-            bars = [(g, count[peer], count) for g, count in counts if peer in count]
-            places = [g + (i - (len(peers) - 1) / 2) * height for g, _, _ in bars]
-            panel.barh(places, [v / 2**20 for _, v, _ in bars], 0.92 * height, color=tints[peer], label=label(peer))
-            for place, (_, value, count) in zip(places, bars):
-                to = next((count[name] for name in ("conv_bn_relu", "conv_bn") if name in count), None)
-                share = f", {value / to:.2f}" if to and is_ours(peer) else ""
-                panel.text(value / 2**20, place, f" {value / 2**20:.3g}{share}", va="center", fontsize=6.5)
-        panel.set_xlim(right=1.3 * panel.get_xlim()[1])
-        panel.set_ylim(len(cases) - 0.45, -0.55)
-        panel.set_yticks(range(len(cases)), cases, fontsize=8)
-        panel.tick_params(axis="y", length=0)
+        bars = {peer: [] for peer in peers}
+        for row, what in own:
+            count = getattr(row, f"{what}_bytes")
+            to = next((count[name] for name in ("conv_bn_relu", "conv_bn") if name in count), None)
+            for peer in (peer for peer in peers if peer in count):
+                value = count[peer] / 2**20
+                share = f", {count[peer] / to:.2f}" if to and is_ours(peer) else ""
+                bars[peer].append((cases.index(row.case), value, f"{value:.3g}{share}"))
+        _across(panel, cases, bars)
         panel.set_xlabel({"kept": "kept for backward, MiB", "peak": "most held at a time, MiB"}[key[0]], fontsize=9)
         panel.set_title(_words(key[1:], [k[1:] for k in panels]), fontsize=10)
     for panel in axes[len(panels) :]:
@@ -459,6 +482,8 @@ def pictures(run: Run) -> dict[str, Callable[[], Figure]]:
         return {"scaling": lambda: scaling(run)}
     if run.command == "bandwidth" and any(row.bytes for row in timed):
         return {"bandwidth": lambda: bandwidth(run)}
+    if run.command == "overhead" and timed:
+        return {"overhead": lambda: overhead(run)}
     if timed and run.command == "layers" and all("ours" in row.seconds for row in timed):
         found["means"] = lambda: means(run)
     for dtype, rows in _grouped(timed, lambda row: row.setting.dtype).items():

@@ -52,7 +52,7 @@ def wanted() -> None:
         raise MissingError("pictures need matplotlib: pip install matplotlib")
 
 
-HELP = "draw ratios, roofline, scaling, bandwidth and memory of files"
+HELP = "draw ratios, roofline, scaling, bandwidth, overhead and memory of files"
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:

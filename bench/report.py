@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from deepcontrol_cuda.training.table import markdown_table
 
@@ -36,11 +36,16 @@ def _verdict(what: str, found: float | Interval, target: str | None, reached) ->
     return Verdict(what, found, target=target, reached=reached(found))
 
 
-def rows_table(rows: Sequence[Row]) -> str:
-    """Markdown, for rows of one setting: times with quartiles, ratios with intervals, the largest errors of ours."""
+def rows_table(rows: Sequence[Row], named: Callable[[Row], Container[str]] = lambda row: row.seconds) -> str:
+    """Markdown, for rows of one setting: times with quartiles, ratios with intervals, the largest errors of ours.
+
+    ``named`` gives the peers of a row that have a line of their own; geometric means are of all.
+    """
     lines = [["case", "peer", "ms", "quartiles", "rounds", f"/ {rows[0].baseline}", "interval", "error", "budget"]]
     for row in rows:
         for peer, seconds in row.seconds.items():
+            if peer not in named(row):
+                continue
             times = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
             lower, median, upper = map(_milliseconds, times)
             ratio = row.ratio(peer)
@@ -100,6 +105,11 @@ def verdicts_table(found: Iterable[Verdict]) -> str:
         interval = "-" if verdict.low is None else f"{verdict.low:.3f} to {verdict.high:.3f}"
         lines.append([verdict.what, f"{verdict.value:.3f}", interval, verdict.target or "-", words[verdict.reached]])
     return markdown_table(lines)
+
+
+def significant(value: float) -> str:
+    """A positive number with three significant digits, all of them in front of the point if it is larger."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -351,7 +351,7 @@ def test_what_a_conversion_gets_wrong_is_not_timed(tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_bandwidth(monkeypatch, tmp_path):
+def test_bandwidth(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bandwidth, "MAPS", ((8, 4),))
     monkeypatch.setattr(bandwidth, "OPS", bandwidth.OPS[:3])
     monkeypatch.setattr(bandwidth, "_cache_bytes", lambda: 2**12)
@@ -365,6 +365,11 @@ def test_bandwidth(monkeypatch, tmp_path):
         assert row.bytes >= 2 * 8 * 16 * 4
         assert row.accuracies["ours"]
     assert len(run.verdicts) == 2 * 3
+    found = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in capsys.readouterr().out.splitlines()}
+    assert ("kernel", "setting", "copy, GB/s", "ours, GB/s") in found
+    for row in run.rows:
+        speeds = [report.significant(row.bytes / sum(row.seconds[peer]) * 2 / 1e9) for peer in ("copy", "ours")]
+        assert (row.case, str(row.setting), *speeds) in found
 
 
 def test_scaling_goes_along_one_axis_at_a_time(monkeypatch, tmp_path):

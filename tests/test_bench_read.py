@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 import bench_runs
 
-from bench import compare, page, pictures, plot, readme, rows
+from bench import compare, page, peers, pictures, plot, readme, report, rows
 from bench.__main__ import main
 from bench.rows import Verdict
 
@@ -102,6 +103,15 @@ def test_compare_tells_of_everything_that_differs(tmp_path, capsys):
     assert "load_average" not in out
 
 
+def test_runs_of_different_layers_are_not_compared(tmp_path, capsys):
+    """Even where they have rows in common: their means and worst rows are of other layers."""
+    conditions = few().conditions
+    before, after = (few(conditions={**conditions, "set": name}) for name in ("resnet50", "mobilenet_v2"))
+    assert main(["compare", write(tmp_path, "a", before), write(tmp_path, "b", after)]) == 2
+    error = capsys.readouterr().err
+    assert "the sets 'resnet50' and 'mobilenet_v2', wanted two of the same set" in error
+
+
 def test_kept_bytes_that_differ_are_listed():
     before = bench_runs.memory()
     more = [replace(row, kept_bytes={**row.kept_bytes, "ours": 5_000_000}) for row in before.rows[:1]]
@@ -169,6 +179,7 @@ def test_without_matplotlib_pictures_are_refused(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("command", "names"), [
     ("layers", {"means", "ratios_float32", "ratios_bfloat16", "roofline"}), ("bandwidth", {"bandwidth"}),
     ("models", {"ratios_float32", "ratios_bfloat16", "memory"}), ("memory", {"memory"}), ("scaling", {"scaling"}),
+    ("overhead", {"overhead"}),
 ])  # fmt: skip
 def test_each_command_has_its_pictures(command, names):
     assert set(pictures.pictures(bench_runs.ALL[command]())) == names
@@ -203,6 +214,18 @@ def test_bars_are_the_ratios_of_the_file():
         assert drawn[name] == pytest.approx([*(row.ratio(peer).value for row in own), pictures.typical(own, peer)])
 
 
+def test_bars_of_overhead_are_microseconds():
+    run = bench_runs.overhead()
+    (panel,) = pictures.overhead(run).axes
+    drawn = {bars.get_label(): [bar.get_width() for bar in bars] for bars in panel.containers}
+    assert panel.get_xlabel() == "microseconds"
+    assert len(panel.get_yticks()) == len(run.rows)
+    for peer, name in (("ours", "Deep Control"), ("conv_bn_relu", "conv + BN + ReLU"), ("conv_relu", "conv + ReLU")):
+        assert drawn[name] == pytest.approx(
+            [1e6 * sorted(row.seconds[peer])[bench_runs.ROUNDS // 2] for row in run.rows]
+        )
+
+
 def test_points_lie_below_the_roof():
     run = few()
     panel = pictures.roofline(run).axes[0]
@@ -230,7 +253,7 @@ def test_the_report_is_one_file_without_network(tmp_path):
     out = tmp_path / "report"
     assert main(["report", *paths, "--output", str(out)]) == 0
     text, html = (out / "report.md").read_text(), (out / "report.html").read_text()
-    for words in ("INCOMPLETE", "Made-up CPU", "2.13.0+cpu", "220", "1.0e-07", "inplace_abn", "4973568"):
+    for words in ("INCOMPLETE", "Made-up CPU", "2.13.0+cpu", "220", "50.0", "1.0e-07", "inplace_abn", "4973568"):
         assert words in text
         assert words in html
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
@@ -241,6 +264,44 @@ def test_the_report_is_one_file_without_network(tmp_path):
     names = re.findall(r'\bid="([^"]+)"', html)
     assert len(names) == len(set(names))
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(names)
+
+
+def test_the_report_has_a_legend_of_the_peers_that_occur(tmp_path):
+    paths = [write(tmp_path, "a", few()), write(tmp_path, "b", bench_runs.bandwidth())]
+    assert main(["report", *paths, "--output", str(tmp_path)]) == 0
+    for name in ("report.md", "report.html"):
+        text = html.unescape((tmp_path / name).read_text())
+        for peer in ("conv_relu", "conv_bn_relu", "ours", "copy"):
+            assert text.count(peers.describe(peer)) == 1
+        assert peers.describe("conv_group_norm_relu") not in text
+
+
+def test_every_peer_is_described():
+    found = {*peers.PEERS, *peers.NETWORK_PEERS, *peers.ways("cpu"), "ours, cuda, held sm90", "ours, triton"}
+    for path in (ROOT / "bench/results").glob("*.json"):
+        found |= {peer for row in json.loads(path.read_text()).get("rows", ()) for peer in row["seconds"]}
+    assert [peer for peer in found if peers.describe(peer) == peers.describe("unknown")] == []
+
+
+def test_rows_of_other_peers_are_in_the_markdown_only_if_asked_for(tmp_path):
+    run = few(bench_runs.LAYERS, count=2)
+    path, found = write(tmp_path, "a", run), {}
+    for asked in ((), ("--all",)):
+        assert main(["report", path, *asked, "--output", str(tmp_path)]) == 0
+        for name in ("report.md", "report.html"):
+            text = re.sub(r"<td>|</td>| *\| *", "|", (tmp_path / name).read_text()).replace("||", "|")
+            found[(name, *asked)] = {peer: text.count(f"|{run.rows[0].case}|{peer}|") for peer in bench_runs.LAYERS}
+            assert "geometric mean|conv_group_norm_relu|" in text
+    modes = len(bench_runs.MODES)
+    few_peers = {peer: modes * (peer in ("conv_relu", "conv_bn_relu", "ours")) for peer in bench_runs.LAYERS}
+    every = dict.fromkeys(bench_runs.LAYERS, modes)
+    assert found.pop(("report.md",)) == few_peers
+    assert list(found.values()) == [every] * 3
+
+
+def test_numbers_have_three_significant_digits():
+    numbers = {0.0123456: "0.0123", 0.9: "0.900", 4.0: "4.00", 31.96: "32.0", 3012.3: "3012"}
+    assert {value: report.significant(value) for value in numbers} == numbers
 
 
 def test_tables_of_the_report_are_whole():
