@@ -112,9 +112,12 @@ void prefer_algorithm(std::string_view name, bool of_thread);
 // Product: whether rows are filters and columns pixels (planar.cpp); one pixel lies the same in every layout.
 constexpr bool is_planar(const ConvCase& c) { return !c.channels_last && c.input_pixels() > 1; }
 
-// Product: whether the means of the input's maps, from which those of the output follow, are fewer; one pass then does the
-// layer.
-constexpr bool is_mean_of_input_cheaper(const ConvCase& c) { return c.channels <= c.filters; }
+// Product: whether map means follow from the input's at less cost than from z, so that one pass does the layer: they are
+// fewer, or z has rows too short for the vectors of center.
+constexpr bool is_mean_of_input_cheaper(const ConvCase& c) {
+  constexpr int64_t kShortRow = 32;
+  return c.channels <= c.filters || c.filters < kShortRow;
+}
 
 // Two passes: whether the weight gradient of a convolution by several taps is faster as a matrix product over an unfolded
 // input. The library is slow where the weights are many and the pixels few; there a copy of the input for each tap is cheap.

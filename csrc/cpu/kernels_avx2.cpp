@@ -15,6 +15,8 @@ namespace deepcontrol::cpu::avx2 {
 
 #include "kernels_impl.h"
 
+#include "product_impl.h"
+
 #include "pointwise_impl.h"
 
 #include "planar_impl.h"

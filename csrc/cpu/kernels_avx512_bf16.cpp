@@ -16,6 +16,8 @@ namespace deepcontrol::cpu::avx512_bf16 {
 
 #include "kernels_impl.h"
 
+#include "product_impl.h"
+
 #include "pointwise_impl.h"
 
 #include "planar_impl.h"

@@ -12,7 +12,7 @@ static_assert(PlanarForward::kRows == kRowsAtOnce);
 // z[r * kTileColumns + column] = sum over k of a[r * row + k] * panels[k, column].
 template <class T, int rows, class Unit>
 DC_INLINE void planar_product(const Unit* a, int64_t row, int64_t steps, const Unit* panels, int64_t columns, float* z) {
-  for (int64_t c = 0; c < columns; c += kFiltersAtOnce) {
+  for (int64_t c = 0; c < columns; c += kColumnsAtOnce) {
     const Unit* b = panels + c / kPanel * kPanel * steps + c % kPanel;
     auto product = [&](auto vectors) DC_LAMBDA {
       f32v sums[rows][vectors.value] = {};

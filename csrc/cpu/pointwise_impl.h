@@ -1,4 +1,5 @@
-// The convolution by one tap as a matrix product with everything behind it fused, included after kernels_impl.h.
+// The convolution by one tap as a matrix product with everything behind it fused, included after kernels_impl.h and
+// product_impl.h.
 //
 // Bytes: one read of the input, one write of the output (and of the activation's bits); the weights, packed, come from
 // the second-level cache. A tile of kRowsAtOnce pixels by one panel of filters is accumulated in registers and leaves
@@ -6,34 +7,6 @@
 
 constexpr int64_t kPanel = PointwiseForward::kPanel;
 constexpr int64_t kLeftPanel = PointwiseBackward::kLeftPanel;
-// Accumulators fill the registers: 6 x 4 of 32 with AVX-512, 6 x 2 of 16 with AVX2, where a panel takes four turns.
-constexpr int kRowsAtOnce = 6;
-constexpr int kVectorsAtOnce = DC_LANES == 16 ? 4 : 2;
-constexpr int64_t kFiltersAtOnce = kVectorsAtOnce * DC_LANES;
-
-// What one step of the product consumes: one element, or for bfloat16 a pair.
-template <class T>
-struct Product {
-  static constexpr int64_t elements = 1;
-  using Unit = T;
-  static DC_INLINE f32v read_vector(const T* b) { return load(b, Whole{}); }
-  static DC_INLINE f32v multiply_add(const f32v& sum, float a, const f32v& b) { return sum + a * b; }
-};
-#if defined(DC_AVX512_BF16)
-struct BFloat16Pair {
-  uint32_t bits;
-};
-template <>
-struct Product<bfloat16> {
-  static constexpr int64_t elements = 2;
-  using Unit = BFloat16Pair;
-  static DC_INLINE f32v read_vector(const BFloat16Pair* b) { return read<f32v>(b, Whole{}); }
-  static DC_INLINE f32v multiply_add(const f32v& sum, BFloat16Pair a, const f32v& b) {
-    return reinterpret<f32v>(_mm512_dpbf16_ps(reinterpret<__m512>(sum), reinterpret<__m512bh>(_mm512_set1_epi32(a.bits)),
-                                              reinterpret<__m512bh>(b)));
-  }
-};
-#endif
 
 // One operand of a product over rows: units (elements, for bfloat16 pairs of two rows, zero for a missing row) in panels
 // of `width` columns, inside a panel step by step. Read in order a panel streams through the first-level cache; at the
@@ -71,23 +44,6 @@ DC_INLINE void prefetch(const T* first, int64_t count) {
   for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 1, 3);
 }
 
-// sums[r][v] += sum over k of a[r * row + k * step] * b[k * stride + v * lanes ...], in registers.
-template <class T, int rows, int vectors, class Unit>
-DC_INLINE void accumulate(f32v (&sums)[rows][vectors], int64_t steps, const Unit* a, int64_t row, int64_t step,
-                          const Unit* b, int64_t stride) {
-  for (int64_t k = 0; k < steps; ++k) {
-    f32v right[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = Product<T>::read_vector(b + k * stride + v * DC_LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Unit left = a[r * row + k * step];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] = Product<T>::multiply_add(sums[r][v], left, right[v]);
-    }
-  }
-}
-
 // The same with a's elements side by side, for sums of any length. In float32, where rounding is all the error there is,
 // long ones are made of parts, so that it grows with the length of a part plus the number of parts.
 template <class T, int rows, int vectors, class Unit>
@@ -112,24 +68,11 @@ DC_INLINE void accumulate_in_parts(f32v (&sums)[rows][vectors], int64_t steps, c
   }
 }
 
-// Calls body(rows at once as a type, first row) until all rows are done.
-template <class Body>
-DC_INLINE void each_rows(int64_t first, int64_t last, Body&& body) {
-  for (; first + kRowsAtOnce <= last; first += kRowsAtOnce) body(std::integral_constant<int, kRowsAtOnce>{}, first);
-  switch (last - first) {
-    case 5: return body(std::integral_constant<int, 5>{}, first);
-    case 4: return body(std::integral_constant<int, 4>{}, first);
-    case 3: return body(std::integral_constant<int, 3>{}, first);
-    case 2: return body(std::integral_constant<int, 2>{}, first);
-    case 1: return body(std::integral_constant<int, 1>{}, first);
-  }
-}
-
-// Calls body(v, index, tail) for each of the vectors at once that lies within `count`, from `first` on.
-template <class Body>
+// Calls body(v, index, tail) for each of `vectors` that lies within `count`, from `first` on.
+template <int vectors, class Body>
 DC_INLINE void each_vector_of_panel(int64_t first, int64_t count, Body&& body) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectorsAtOnce; ++v) {
+  for (int v = 0; v < vectors; ++v) {
     const int64_t i = first + v * DC_LANES;
     if (i + DC_LANES <= count) {
       body(v, i, Whole{});
@@ -139,27 +82,27 @@ DC_INLINE void each_vector_of_panel(int64_t first, int64_t count, Body&& body) {
   }
 }
 
-// Filters first..first + kFiltersAtOnce of `rows` pixels from `pixel` on.
-template <class T, Sort sort, int rows>
+// `vectors` of filters from `first` on, of `rows` pixels from `pixel` on.
+template <class T, Sort sort, int rows, int vectors>
 DC_INLINE void pointwise_tile(const PointwiseForward& p, const PiecewiseLinear<f32v>& piecewise, int64_t sample,
                               int64_t pixel, int64_t first) {
   using Unit = typename Product<T>::Unit;
   const int64_t steps = p.channels / Product<T>::elements;
   const int64_t row = sample * p.pixels + pixel;
   const Unit* weight = static_cast<const Unit*>(p.weight) + first / kPanel * kPanel * steps + first % kPanel;
-  const int64_t wide = std::min(kFiltersAtOnce, p.filters - first);
+  const int64_t wide = std::min<int64_t>(vectors * DC_LANES, p.filters - first);
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (row + r) * p.filters + first;
     prefetch(offset<T>(p.output, at), wide);
     if (p.residual) prefetch(offset<T>(p.residual, at), wide);
   }
-  f32v sums[rows][kVectorsAtOnce] = {};
+  f32v sums[rows][vectors] = {};
   accumulate_in_parts<T>(sums, steps, static_cast<const Unit*>(p.input) + row * steps, steps, weight, kPanel);
 
   const float* gain = offset<float>(p.gain, 0);
   const float* shift = offset<float>(p.shift, sample * p.filters);
   const int64_t bits_row = (p.filters + 7) / 8;
-  each_vector_of_panel(first, p.filters, [&](int v, int64_t o, auto tail) DC_LAMBDA {
+  each_vector_of_panel<vectors>(first, p.filters, [&](int v, int64_t o, auto tail) DC_LAMBDA {
     const f32v scale = gain ? load(gain + o, tail) : broadcast<f32v>(1.0f);
     const f32v added = shift ? load(shift + o, tail) : f32v{};
 #pragma GCC unroll 8
@@ -182,9 +125,11 @@ void pointwise_forward_task(const PointwiseForward& p, int64_t task) {
   const int64_t first_row = row_tile * p.rows, last_row = std::min(first_row + p.rows, p.pixels);
   const int64_t first = panel_tile * p.panels * kPanel;
   const int64_t last = std::min(first + p.panels * kPanel, p.filters);
-  for (int64_t o = first; o < last; o += kFiltersAtOnce) {
-    each_rows(first_row, last_row, [&](auto rows, int64_t row) DC_LAMBDA {
-      pointwise_tile<T, sort, rows.value>(p, piecewise, sample, row, o);
+  for (int64_t o = first; o < last; o += kColumnsAtOnce) {
+    with_vectors(last - o, [&](auto vectors) DC_LAMBDA {
+      each_rows(first_row, last_row, [&](auto rows, int64_t row) DC_LAMBDA {
+        pointwise_tile<T, sort, rows.value, vectors.value>(p, piecewise, sample, row, o);
+      });
     });
   }
 }
@@ -241,11 +186,34 @@ DC_INLINE void add_product(int64_t steps, Left&& left, int64_t row, int64_t step
     });
   };
   int64_t c = 0;
-  for (; c + kFiltersAtOnce <= channels; c += kFiltersAtOnce) {
+  for (; c + kColumnsAtOnce <= channels; c += kColumnsAtOnce) {
     product(c, std::integral_constant<int, kVectorsAtOnce>{}, Whole{});
   }
   for (; c + DC_LANES <= channels; c += DC_LANES) product(c, std::integral_constant<int, 1>{}, Whole{});
   if (c < channels) product(c, std::integral_constant<int, 1>{}, Part{int(channels - c)});
+}
+
+// The rows first..first + count of grad_input from those of dz'.
+template <class T>
+void pointwise_grad_input(const PointwiseBackward& p, int64_t first, int64_t count, const T* error) {
+  using Unit = typename Product<T>::Unit;
+  const int64_t steps = p.filters / Product<T>::elements;
+  for (int64_t c = 0; c < p.channels; c += kColumnsAtOnce) {
+    const Unit* weight = static_cast<const Unit*>(p.weight) + c / kPanel * kPanel * steps + c % kPanel;
+    const int64_t wide = std::min(kColumnsAtOnce, p.channels - c);
+    with_vectors(wide, [&](auto vectors) DC_LAMBDA {
+      each_rows(0, count, [&](auto rows, int64_t row) DC_LAMBDA {
+        T* to = offset<T>(p.grad_input, (first + row) * p.channels);
+        for (int r = 0; r < rows.value; ++r) prefetch(to + r * p.channels + c, wide);
+        f32v sums[rows.value][vectors.value] = {};
+        accumulate_in_parts<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, weight, kPanel);
+        each_vector_of_panel<vectors.value>(c, p.channels, [&](int v, int64_t i, auto tail) DC_LAMBDA {
+#pragma GCC unroll 8
+          for (int r = 0; r < rows.value; ++r) store(to + r * p.channels + i, sums[r][v], tail);
+        });
+      });
+    });
+  }
 }
 
 template <class T, Sort sort>
@@ -266,24 +234,7 @@ void pointwise_backward_slot(const PointwiseBackward& p, int64_t slot) {
     const int64_t first = begin + (end - begin) * tile / tiles;
     const int64_t count = begin + (end - begin) * (tile + 1) / tiles - first;
     pointwise_error<T, sort>(p, piecewise, first, count, error, left_panels);
-    if (p.weight) {
-      const int64_t steps = p.filters / elements;
-      for (int64_t c = 0; c < p.channels; c += kFiltersAtOnce) {
-        const Unit* weight = static_cast<const Unit*>(p.weight) + c / kPanel * kPanel * steps + c % kPanel;
-        const int64_t wide = std::min(kFiltersAtOnce, p.channels - c);
-        each_rows(0, count, [&](auto rows, int64_t row) DC_LAMBDA {
-          for (int r = 0; r < rows.value; ++r) prefetch(offset<T>(p.grad_input, (first + row + r) * p.channels + c), wide);
-          f32v sums[rows.value][kVectorsAtOnce] = {};
-          accumulate_in_parts<T>(sums, steps, reinterpret_cast<const Unit*>(error) + row * steps, steps, weight, kPanel);
-          each_vector_of_panel(c, p.channels, [&](int v, int64_t i, auto tail) DC_LAMBDA {
-#pragma GCC unroll 8
-            for (int r = 0; r < rows.value; ++r) {
-              store(offset<T>(p.grad_input, (first + row + r) * p.channels + i), sums[r][v], tail);
-            }
-          });
-        });
-      }
-    }
+    if (p.weight) pointwise_grad_input<T>(p, first, count, error);
     if (!partial) continue;
     const int64_t steps = (count + elements - 1) / elements;
     panel_rows<kPanel>(offset<T>(p.input, first * p.channels), count, p.channels, 0, steps, right_panels);

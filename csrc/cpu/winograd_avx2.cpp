@@ -14,7 +14,7 @@
 namespace deepcontrol::cpu::winograd_avx2 {
 #include "simd.h"
 
-#include "winograd_product.h"
+#include "product_impl.h"
 
 #include "winograd_impl.h"
 

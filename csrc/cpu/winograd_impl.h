@@ -1,5 +1,5 @@
 // Winograd's convolution, included by each winograd_<instruction set>.cpp inside a namespace and a target of its own after
-// winograd_product.h: transforms of the input, of the weight and of the products, all in float32 whatever the storage type.
+// product_impl.h: transforms of the input, of the weight and of the products, all in float32 whatever the storage type.
 //
 // Operations of a tile of 4 x 2 outputs: 24 products of (channels) x (filters) where the taps take 72, and by channel
 // about 80 additions for the transform of the input and by filter about 64 for that of the products.
@@ -263,11 +263,11 @@ static void winograd_products(const WinogradForward& p, int64_t tiles, int64_t c
                               const float* weight, int64_t weight_point, bool add, float* products) {
   const WinogradRows input = p.input_rows(), product = p.product_rows();
   for (int64_t point = 0; point < p.tile.points(); ++point) {
-    for (int64_t o = 0; o < kPanel; o += kFiltersAtOnce) {
+    for (int64_t o = 0; o < kPanel; o += kColumnsAtOnce) {
       const float* right = weight + point * weight_point + o;
       each_rows(0, tiles, [&](auto rows, int64_t t) DC_LAMBDA {
         f32v sums[rows.value][kVectorsAtOnce] = {};
-        accumulate(sums, channels, inputs + point * input.point() + t * input.row, input.row, 1, right, kPanel);
+        accumulate<float>(sums, channels, inputs + point * input.point() + t * input.row, input.row, 1, right, kPanel);
         float* to = products + point * product.point() + t * product.row + o;
         add_to(to, product.row, sums, add);
       });
@@ -472,14 +472,14 @@ static void winograd_weight_products(const WinogradWeightGrad& p, int64_t tiles,
         float* to = sums + point * sums_point + (o - first_filter) * sums_row + c - first_channel;
         for (int64_t k = 0; k < tiles; k += part) {
           f32v products[rows.value][vectors.value] = {};
-          accumulate(products, std::min(part, tiles - k), left + k * error.row, 1, error.row, right + k * input.row,
+          accumulate<float>(products, std::min(part, tiles - k), left + k * error.row, 1, error.row, right + k * input.row,
                      input.row);
           add_to(to, sums_row, products, add || k > 0);
         }
       });
     };
     int64_t c = first_channel;
-    for (; c + kFiltersAtOnce <= last_channel; c += kFiltersAtOnce) product(c, std::integral_constant<int, kVectorsAtOnce>{});
+    for (; c + kColumnsAtOnce <= last_channel; c += kColumnsAtOnce) product(c, std::integral_constant<int, kVectorsAtOnce>{});
     for (; c < last_channel; c += DC_LANES) product(c, std::integral_constant<int, 1>{});
   }
 }
