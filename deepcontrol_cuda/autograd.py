@@ -92,7 +92,7 @@ def _recording(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     # An exported program holds the op without its Function, so what backward needs would be of no use there.
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or backends.is_exporting():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

@@ -386,7 +386,14 @@ def _prefer(algorithm: str | None, backend: str) -> None:
         _algorithms[backend] = algorithm
 
 
-# torch.compile would have it that no ONNX export goes on, also when that uses it.
+# The next two ask torch itself. To what torch.compile traces, torch before 2.13 says that an export goes on, and every
+# torch that no ONNX export does, also when that uses it.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, false under torch.compile."""
+    return torch.compiler.is_exporting()
+
+
 @torch.compiler.assume_constant_result
 def recorder() -> str | None:
     """What is recording the calls made now into a program that may run without this package, or None.

@@ -127,7 +127,7 @@ def deep_control_conv(
             return reference.deep_control_conv(
                 input, weight, gain, mean_scale, bias, stride, padding, dilation, groups,
                 residual=residual, activation=activation, negative_slope=negative_slope,
-                projection=0.0 if torch.compiler.is_exporting() else projection,
+                projection=0.0 if backends.is_exporting() else projection,
             )  # fmt: skip
         return autograd.conv_center(
             input, weight, gain, mean_scale, bias, residual, stride, padding, dilation, groups, activation,

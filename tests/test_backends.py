@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 
 import deepcontrol_cuda as dc
 from deepcontrol_cuda import _ops, autograd, backends, measured, proven
@@ -275,6 +275,8 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(proven, "FILE", file)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+        # A torch built for CUDA would ask the driver for the GPU of a tensor of which nothing is computed.
+        monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
 
     make()
     return make
