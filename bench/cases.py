@@ -44,6 +44,29 @@ def _mobilenet_v2() -> list[Shape]:
     return [*shapes, Shape(320, 1280, 1, 7)]
 
 
+def _vgg16() -> list[Shape]:
+    """Every convolution of VGG-16 (arXiv 1409.1556, table 1, D), in order."""
+    shapes = []
+    channels, size = 3, 224
+    for width, layers in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(layers):
+            shapes.append(Shape(channels, width, 3, size))
+            channels = width
+        size //= 2
+    return shapes
+
+
+def _resnet20() -> list[Shape]:
+    """Every convolution of ResNet-20 for CIFAR-10 (arXiv 1512.03385, section 4.2), in order."""
+    shapes = [Shape(3, 16, 3, 32)]
+    channels, size = 16, 32
+    for width in (16, 32, 64):
+        stride = width // channels
+        shapes += [Shape(channels, width, 3, size, stride), *[Shape(width, width, 3, size // stride)] * 5]
+        channels, size = width, size // stride
+    return shapes
+
+
 _STAGES = _resnet50_stages()
 _EIGHT = tuple(shape for few, _ in _STAGES for shape in few)
 _REST = (Shape(3, 64, 7, 224, 2), *(shape for _, every in _STAGES for shape in every))
@@ -52,6 +75,8 @@ SETS: dict[str, tuple[Shape, ...]] = {
     "resnet50": _EIGHT,
     "resnet50_all": tuple(dict.fromkeys((*_EIGHT, *_REST))),
     "mobilenet_v2": tuple(dict.fromkeys(_mobilenet_v2())),
+    "vgg16": tuple(dict.fromkeys(_vgg16())),
+    "resnet20": tuple(dict.fromkeys(_resnet20())),
 }
 """``resnet50`` is the eight shapes of the targets; ``resnet50_all`` adds the others of the network, so that anyone can
 see whether the eight were picked for their result. Every shape is timed with ReLU, whatever follows it in its network.

@@ -18,9 +18,9 @@ from deepcontrol_cuda.timing import Shape
 
 from . import rows
 from .cases import SETS
-from .counts import of_layer
+from .options import MissingError
 from .report import markdown_table
-from .rows import Row, Run, UnknownFormatError
+from .rows import Row, Run, Setting, UnknownFormatError
 
 HELP = "fit the planner's table of costs to the layers that were measured on CPUs"
 RESULTS = Path(__file__).with_name("results")
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> int:
+    if _ops.extension is None:
+        raise MissingError(f"bench costs needs the compiled extension, which counts operations: {_ops.unavailable}")
     paths = asked.files or sorted(RESULTS.glob("*_cpu_*_layers*.json"))
     runs = {}
     for path in paths:
@@ -84,15 +86,6 @@ class Sample:
     result: str
 
 
-def kind_of(shape: Shape) -> str:
-    """As ``kind_of`` in ``csrc/cpu/conv_plan.cpp``."""
-    if shape.groups > 1:
-        return "depthwise" if shape.groups == shape.in_channels else "other"
-    if shape.kernel_size == 1:
-        return "1x1"
-    return "3x3" if shape.kernel_size == 3 and shape.stride == 1 else "other"
-
-
 def samples_of(run: Run, name: str) -> list[Sample]:
     """Of the layers that all algorithms were timed on; backward is what training takes longer than forward."""
     hardware = run.versions.get("extension_isa")
@@ -109,30 +102,21 @@ def samples_of(run: Run, name: str) -> list[Sample]:
             key = (row.case, algorithm, setting.dtype, setting.layout, setting.batch, setting.threads)
             if setting.mode == "forward":
                 forward[key] = seconds
-                mode, counts = "forward", of_layer(shape, setting)
             elif seconds > forward.get(key, seconds):
-                mode, counts = "backward", of_backward(shape, row)
                 seconds -= forward[key]
             else:
                 continue
-            place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, kind_of(shape), mode)
-            found.append(Sample(place, row.case, setting.batch, algorithm, counts[1], counts[0], seconds, name))
+            plan = _ops.extension.plan_conv_cpu(case(shape, setting))
+            mode = "forward" if setting.mode == "forward" else "backward"
+            place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, plan["kind"], mode)
+            counts = plan[mode]["operations"][algorithm], plan[mode]["bytes"]
+            found.append(Sample(place, row.case, setting.batch, algorithm, *counts, seconds, name))
     return found
 
 
 def _by_algorithm(row: Row) -> dict[str, float]:
     names = [name for name in backends.ALGORITHMS["cpu"] if f"ours, {name}" in row.seconds]
     return {name: statistics.median(row.seconds[f"ours, {name}"]) for name in names}
-
-
-def of_backward(shape: Shape, row: Row) -> tuple[float, float]:
-    """Bytes and operations, as ``bytes_of`` and ``operations_of`` in ``csrc/cpu/conv_plan.cpp`` count them."""
-    size = getattr(torch, row.setting.dtype).itemsize
-    input = row.setting.batch * shape.in_channels * shape.size**2
-    output = row.setting.batch * shape.out_channels * shape.out_size**2
-    columns = shape.in_channels // shape.groups * shape.kernel_size**2
-    weights = shape.out_channels * columns
-    return (output + 2 * input + 2 * weights) * size + output / 8, 4.0 * output * columns
 
 
 def fit_all(samples: Iterable[Sample]) -> list[Cost]:
@@ -186,8 +170,6 @@ class Choices:
 
 def choices(table: Sequence[Cost], samples: Iterable[Sample]) -> dict[Place, Choices]:
     """By place, of layers that were timed on hardware like this machine's; meanwhile the planner has ``table``."""
-    if _ops.extension is None:
-        return {}
     here = [cost for cost in table if cost.hardware == _ops.extension.info()["isa"]]
     layers: dict[tuple[Place, str, int, str], dict[str, float]] = {}
     for sample in samples:
@@ -197,8 +179,9 @@ def choices(table: Sequence[Cost], samples: Iterable[Sample]) -> dict[Place, Cho
     found: dict[Place, list[tuple[float, float]]] = {}
     try:
         costs.tell_extension(here, backends.ALGORITHMS["cpu"])
-        for (place, case, batch, _), seconds in layers.items():
-            chosen = _ops.extension.plan_conv_cpu(_case(place, _SHAPES[case], batch))[place.mode]["chosen"]
+        for (place, name, batch, _), seconds in layers.items():
+            setting = Setting(place.dtype, place.layout, place.mode, batch, place.threads)
+            chosen = _ops.extension.plan_conv_cpu(case(_SHAPES[name], setting))[place.mode]["chosen"]
             if len(seconds) > 1 and chosen in seconds:
                 found.setdefault(place, []).append((seconds[chosen], min(seconds.values())))
     finally:
@@ -211,12 +194,13 @@ def _choices(pairs: Sequence[tuple[float, float]]) -> Choices:
     return Choices(len(pairs), sum(a == b for a, b in pairs), chosen / fastest - 1)
 
 
-def _case(place: Place, shape: Shape, batch: int):
+def case(shape: Shape, setting: Setting):
+    """``_C.ConvCase`` of a layer."""
     spatial = ((1, *[shape.size] * 2), (1, *[shape.kernel_size] * 2), (1, *[shape.stride] * 2))
     padding = (0, *[shape.kernel_size // 2] * 2)
     return _ops.extension.ConvCase(
-        2, batch, shape.in_channels, shape.out_channels, shape.groups, *spatial, padding, (1, 1, 1), place.dtype,
-        place.layout == "channels_last", place.threads,
+        2, setting.batch, shape.in_channels, shape.out_channels, shape.groups, *spatial, padding, (1, 1, 1),
+        setting.dtype, setting.layout == "channels_last", setting.threads,
     )  # fmt: skip
 
 

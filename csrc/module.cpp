@@ -92,9 +92,10 @@ static py::dict plan_of(const deepcontrol::cpu::ConvCase& c) {
   py::dict result;
   for (const char* name : {"forward", "backward"}) {
     const Pass pass = pass_named(name);
-    py::dict of_pass, obstacles, seconds;
+    py::dict of_pass, obstacles, operations, seconds;
     for (const Algorithm algorithm : kAlgorithms) {
       obstacles[name_of(algorithm)] = why_not(algorithm, pass, c);
+      operations[name_of(algorithm)] = operations_of(algorithm, pass, c);
       seconds[name_of(algorithm)] = predicted_seconds(algorithm, pass, c);
     }
     const Choice choice = choose(pass, c);
@@ -102,7 +103,7 @@ static py::dict plan_of(const deepcontrol::cpu::ConvCase& c) {
     of_pass["seconds"] = seconds;
     of_pass["chosen"] = name_of(choice.algorithm);
     of_pass["source"] = sources[size_t(choice.source)];
-    of_pass["operations"] = operations_of(pass, c);
+    of_pass["operations"] = operations;
     of_pass["bytes"] = bytes_of(pass, c);
     result[name] = of_pass;
   }
@@ -221,9 +222,9 @@ PYBIND11_MODULE(_C, m) {
            "`rank` is the number of spatial dimensions; sizes are triples, (1, H, W) in two dimensions.");
   m.def("plan_conv_cpu", plan_of, "case"_a,
         "For each pass of a convolution on this CPU, \"forward\" and \"backward\": under `obstacles` every algorithm with "
-        "None or the reason why it does not take the layer, under `seconds` what the table of costs predicts for it, or "
-        "None, the one that is `chosen` and by which `source`, and the layer's `operations` and `bytes`; and the `kind` of "
-        "layer. Raises RuntimeError where the preferred algorithm does not take the layer.");
+        "None or the reason why it does not take the layer, under `operations` what it would compute, under `seconds` what "
+        "the table of costs predicts for it, or None; the one that is `chosen` and by which `source`, and the `bytes` that "
+        "must be moved; and the `kind` of layer. Raises RuntimeError where the preferred algorithm does not take the layer.");
   m.def("prefer_algorithm_cpu", deepcontrol::cpu::prefer_algorithm, "name"_a, "of_thread"_a = false,
         "One algorithm for every convolution on the CPU, or for those of this thread, \"\" for automatic choice.");
   m.def("set_costs_cpu", set_costs_cpu, "rows"_a,

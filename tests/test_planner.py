@@ -150,10 +150,27 @@ def test_costs_are_those_of_the_layer(table):
     table(cost("product", 0.5, milliseconds_per_gigaoperation=3.0, milliseconds_per_gigabyte=7.0))
     operations, size = 2 * 4 * 144 * 16 * 32, 4 * (4 * 144 * (16 + 32) + 16 * 32)
     of_pass = plan(x, w)["forward"]
-    assert (of_pass["operations"], of_pass["bytes"]) == (operations, size)
+    assert (of_pass["operations"]["product"], of_pass["bytes"]) == (operations, size)
     assert of_pass["seconds"]["product"] == pytest.approx(0.5e-3 + operations * 3e-12 + size * 7e-12)
     assert of_pass["seconds"]["product"] == pytest.approx(backends._costs[0].seconds(operations, size))
     assert of_pass["seconds"]["two passes"] is None
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "shape", "forward", "backward"),
+    [
+        ("two passes", Shape(24, 40, 3, 14), 2 * 196 * 40 * 24 * 9, 4 * 196 * 40 * 24 * 9),
+        # Whole vectors of 16 filters forward, of as many channels backward.
+        ("product", Shape(24, 40, 1, 14), 2 * 196 * 48 * 24, 4 * 196 * 40 * 32),
+        # Tiles of 4 x 2 of a whole map, of 2 x 2 for the weight, panels of 64 but the weight's channels.
+        ("winograd", Shape(96, 128, 3, 15), 2 * 24 * 32 * 128 * 96, 2 * 24 * 32 * 128 * 128 + 2 * 16 * 64 * 128 * 96),
+    ],
+    ids=str,
+)
+def test_operations_count_what_fills_up_vectors_and_tiles(algorithm, shape, forward, backward):
+    plans = _ops.extension.plan_conv_cpu(bench.costs.case(shape, Setting("float32", "channels_last", "forward", 3, 2)))
+    found = [plans[name]["operations"][algorithm] for name in ("forward", "backward")]
+    assert found == [3 * forward, 3 * backward]
 
 
 def test_explain_has_every_algorithm_with_its_cost_or_the_reason(table):
@@ -415,14 +432,11 @@ def measured(isa, seconds_of):
     for shape in [Shape(64, 64, 1, 56), Shape(64, 256, 1, 56), Shape(16, 96, 1, 112), Shape(512, 2048, 1, 7)]:
         for mode in ("forward", "training"):
             setting = Setting("float32", "channels_last", mode, 8, 2)
-            counts = bench.costs.of_layer(shape, Setting("float32", "channels_last", "forward", 8, 2))
-            blank = Row(str(shape), setting, "conv_relu", {})
-            size, operations = bench.costs.of_backward(shape, blank)
+            passes = ("forward", "backward") if mode == "training" else ("forward",)
+            of_passes = [_ops.extension.plan_conv_cpu(bench.costs.case(shape, setting))[name] for name in passes]
             seconds = {}
             for name in ("product", "two passes"):
-                value = seconds_of(name, counts.operations, counts.bytes)
-                if mode == "training":
-                    value += seconds_of(name, operations, size)
+                value = sum(seconds_of(name, one["operations"][name], one["bytes"]) for one in of_passes)
                 seconds[f"ours, {name}"] = (value, value, value)
             found.append(Row(str(shape), setting, "conv_relu", seconds | {"ours, reference": (1.0,), "ours": (1.0,)}))
     versions = {"extension_isa": isa}

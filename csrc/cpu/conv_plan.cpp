@@ -143,6 +143,18 @@ const char* why_not_winograd(const ConvCase& c) {
   return nullptr;
 }
 
+static int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
+
+// Products of a sample and one input channel, in the transformed tiles of the pass's own output, the input's gradient backward.
+static int64_t winograd_products(Pass pass, const ConvCase& c) {
+  const WinogradTile tile =
+      winograd_tile(c.dtype, std::min(c.channels * c.input_pixels(), c.filters * c.pixels()), c.channels_last);
+  const int64_t* size = pass == Pass::forward ? c.windows.output : c.windows.size;
+  const int64_t tiles = whole(size[1], tile.down) * whole(size[2], tile.across);
+  const int64_t columns = pass == Pass::forward ? c.filters : c.channels;
+  return tile.points() * tiles * whole(columns, WinogradRows::kPanel) * WinogradRows::kPanel;
+}
+
 // By the products that it saves of those of the pass's own output, the input's gradient backward. Transforms and the float32
 // arithmetic for bfloat16 take their share of that; measured on ResNet-50's layers and smaller ones (Zen 4, two threads).
 // Nothing here depends on the number of samples, so that no sample's output does.
@@ -152,15 +164,10 @@ bool is_winograd_faster(Pass pass, const ConvCase& c) {
   const Windows& w = c.windows;
   const bool is_bfloat16 = c.dtype == Dtype::bf16;
   if (is_bfloat16 && has_matrix_unit()) return false;
-  const WinogradTile tile = winograd_tile(c.dtype, std::min(c.channels * c.input_pixels(), c.filters * c.pixels()), c.channels_last);
   const int64_t* size = pass == Pass::forward ? w.output : w.size;
-  const int64_t columns = pass == Pass::forward ? c.filters : c.channels;
-  const auto whole = [](int64_t count, int64_t of) { return (count + of - 1) / of; };
-  const int64_t products = w.taps() * size[1] * size[2] * columns;
-  const int64_t tiles = whole(size[1], tile.down) * whole(size[2], tile.across);
-  const int64_t left = tile.points() * tiles * whole(columns, WinogradRows::kPanel) * WinogradRows::kPanel;
+  const int64_t products = w.taps() * size[1] * size[2] * (pass == Pass::forward ? c.filters : c.channels);
   return w.taps() * c.pixels() * c.channels * c.filters >= kLeastProducts &&
-         double(products) >= (is_bfloat16 ? kLeastGainBFloat16 : kLeastGain) * double(left);
+         double(products) >= (is_bfloat16 ? kLeastGainBFloat16 : kLeastGain) * double(winograd_products(pass, c));
 }
 
 const char* why_not_direct(const ConvCase& c) {
@@ -242,9 +249,23 @@ Kind kind_of(const ConvCase& c) {
   return is_square && !c.is_strided() ? Kind::three_by_three : Kind::other;
 }
 
-double operations_of(Pass pass, const ConvCase& c) {
-  const double forward = 2.0 * double(c.rows()) * double(c.filters) * double(c.columns());
-  return pass == Pass::forward ? forward : 2 * forward;
+double operations_of(Algorithm algorithm, Pass pass, const ConvCase& c) {
+  constexpr int64_t kVector = 16;  // floats, of AVX-512
+  const auto vectors = [](int64_t columns) { return whole(columns, kVector) * kVector; };
+  if (algorithm == Algorithm::winograd) {
+    const double own = 2.0 * double(c.samples) * double(winograd_products(pass, c));
+    if (pass == Pass::forward) return own * double(c.channels);
+    const WinogradTile tile = winograd_weight_grad_tile(c.dtype);
+    const int64_t tiles = whole(c.windows.output[1], tile.down) * whole(c.windows.output[2], tile.across);
+    const double of_weight = 2.0 * double(c.samples * tile.points() * tiles) * double(c.filters * vectors(c.channels));
+    return own * double(c.filters) + of_weight;
+  }
+  // In contiguous layout pixels fill the vectors, of several samples where one has few.
+  const bool fills = algorithm == Algorithm::product && !is_planar(c);
+  if (pass == Pass::forward) {
+    return 2.0 * double(c.rows()) * double(fills ? vectors(c.filters) : c.filters) * double(c.columns());
+  }
+  return 4.0 * double(c.rows()) * double(c.filters) * double(fills ? vectors(c.channels) : c.columns());
 }
 
 // Forward reads input and weights and writes the output; backward reads the like of all three, a bit for each element that

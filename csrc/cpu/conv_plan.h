@@ -65,8 +65,9 @@ inline constexpr std::array kKinds{Kind::pointwise, Kind::three_by_three, Kind::
 const char* name_of(Kind kind);
 Kind kind_of(const ConvCase& c);
 
-// What a pass of a layer must compute, two for a multiply-add, and move at least.
-double operations_of(Pass pass, const ConvCase& c);
+// What an algorithm computes in a pass of a layer, two for a multiply-add, with what fills up vectors, panels and tiles; and
+// what any of them must move at least.
+double operations_of(Algorithm algorithm, Pass pass, const ConvCase& c);
 double bytes_of(Pass pass, const ConvCase& c);
 
 // Seconds of an algorithm, fitted to what was measured of layers of one kind.
@@ -81,7 +82,7 @@ struct Cost {
   double error;  // of what it gives, relative, half of the time more
 
   double seconds(const ConvCase& c) const {
-    return fixed + per_operation * operations_of(pass, c) + per_byte * bytes_of(pass, c);
+    return fixed + per_operation * operations_of(algorithm, pass, c) + per_byte * bytes_of(pass, c);
   }
 };
 // The table of this processor's instruction set; it replaces the one before.
