@@ -609,6 +609,29 @@ def test_a_large_sample_does_not_depend_on_its_batch(backend, channels_last, dty
             assert torch.equal(whole[3:4], alone)
 
 
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+def test_a_mean_does_not_depend_on_the_number_of_threads(channels_last, dtype):
+    """One shares out samples; two and three share out the rows of a map whose channels exceed a task's."""
+    accumulation = torch.promote_types(dtype, torch.float32)
+    x, grad, residual = (
+        t.contiguous(memory_format=memory_format(t, channels_last)) for t in torch.randn(3, 1, 530, 45, 35).to(dtype)
+    )
+    vectors = [torch.rand(530, dtype=accumulation) + 0.5 for _ in range(3)]
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = [t.clone().requires_grad_() for t in (x, *vectors, residual)]
+            y = dc.functional.deep_control(*leaves[:-1], residual=leaves[-1], activation="relu", backend="cpu")
+            runs.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
 @on_every_gpu
 @layouts
 def test_bits_unpack_to_the_mask(backend, channels_last):

@@ -10,11 +10,37 @@
 
 namespace deepcontrol::cpu {
 
+static Tensor partials_of(const Layout& layout, const at::TensorOptions& options) {
+  return at::empty({layout.samples * layout.row_blocks(), layout.channels}, options);
+}
+
+template <class A>
+static void add_row_blocks_as(const Layout& layout, const Tensor& partials, const Tensor& sums, A divisor) {
+  const int64_t channels = layout.channels, row_blocks = layout.row_blocks();
+  for_tasks(layout.samples, row_blocks * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const A* part = partials.const_data_ptr<A>() + n * row_blocks * channels;
+      A* sum = sums.mutable_data_ptr<A>() + n * channels;
+      std::fill_n(sum, channels, A(0));
+      for (int64_t block = 0; block < row_blocks; ++block, part += channels) {
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+      }
+      for (int64_t c = 0; c < channels; ++c) sum[c] /= divisor;
+    }
+  });
+}
+
+// In the order of the rows, as one task would add them: the bits do not depend on how they are cut.
+static void add_row_blocks(const Layout& layout, const Tensor& partials, const Tensor& sums, int64_t divisor) {
+  sums.scalar_type() == at::kDouble ? add_row_blocks_as<double>(layout, partials, sums, double(divisor))
+                                    : add_row_blocks_as<float>(layout, partials, sums, float(divisor));
+}
+
 Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat format, const Tensor& gain, const Tensor& mean_scale,
                     double constant, const Tensor& bias, const OptionalTensor& residual, Activation activation,
                     double slope, bool save) {
   CenterForward p{};
-  p.layout = layout_of(z, format);
+  p.layout = layout_of(z, format, true);
   p.dtype = dtype_of(z);
   p.activation = activation;
   p.slope = slope;
@@ -34,8 +60,20 @@ Centred center_into(const Tensor& z, const Tensor& output, at::MemoryFormat form
   p.bias = data(bias);
   p.output = mutable_data(output);
   p.map_mean = centred ? mutable_data(result.map_mean) : nullptr;
-  for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
-            [&](int64_t begin, int64_t end) { kernels().center_forward(p, begin, end); });
+  const auto run = [&](Step step) {
+    p.step = step;
+    for_tasks(p.layout.tasks(), p.layout.elements_of_task(),
+              [&](int64_t begin, int64_t end) { kernels().center_forward(p, begin, end); });
+  };
+  if (!centred || p.layout.row_blocks() <= 1) {
+    run(Step::whole);
+    return result;
+  }
+  const Tensor partials = partials_of(p.layout, accumulation_options(z));
+  p.partials = mutable_data(partials);
+  run(Step::sum);
+  add_row_blocks(p.layout, partials, result.map_mean, p.layout.pixels);
+  run(Step::apply);
   return result;
 }
 
@@ -44,7 +82,7 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
                            double slope, at::MemoryFormat format, const Wanted& wanted) {
   const Tensor grad = grad_output.contiguous(format);
   CenterBackward p{};
-  p.layout = layout_of(grad, format);
+  p.layout = layout_of(grad, format, true);
   p.dtype = dtype_of(grad);
   p.activation = activation;
   p.slope = slope;
@@ -71,10 +109,25 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   p.mean_scale = data(mean_scale);
   p.grad_input = mutable_data(result.grad_input);
   p.grad_residual = mutable_data(result.grad_residual);
-  p.sums = mutable_data(result.sums);
-  p.dots = mutable_data(result.dots);
-  for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
-            [&](int64_t begin, int64_t end) { kernels().center_backward(p, begin, end); });
+  const auto run = [&](Step step, const Tensor& sums, const Tensor& dots) {
+    p.step = step;
+    p.sums = mutable_data(sums);
+    p.dots = mutable_data(dots);
+    for_tasks(p.layout.tasks(), p.layout.elements_of_task(),
+              [&](int64_t begin, int64_t end) { kernels().center_backward(p, begin, end); });
+  };
+  const bool needs_sums = p.centred || wanted.sums;
+  if (!(needs_sums || wanted.dots) || p.layout.row_blocks() <= 1) {
+    run(Step::whole, result.sums, result.dots);
+    return result;
+  }
+  const Tensor sums = !needs_sums || wanted.sums ? result.sums : at::empty({grad.size(0), grad.size(1)}, vectors);
+  const Tensor partial_sums = needs_sums ? partials_of(p.layout, vectors) : Tensor();
+  const Tensor partial_dots = wanted.dots ? partials_of(p.layout, vectors) : Tensor();
+  run(Step::sum, partial_sums, partial_dots);
+  if (needs_sums) add_row_blocks(p.layout, partial_sums, sums, 1);
+  if (wanted.dots) add_row_blocks(p.layout, partial_dots, result.dots, 1);
+  if (wanted.grad_input || wanted.grad_residual) run(Step::apply, sums, {});
   return result;
 }
 

@@ -9,16 +9,28 @@
 
 namespace deepcontrol::cpu {
 
+// Rows summed before their sum is added to the total: the rounding error then grows with this plus the number of
+// groups, not with the number of rows.
+constexpr int64_t kGroup = 128;
+
 struct Layout : Maps {
   int64_t block;  // channels of one task; 1 for rows of pixels
+  int64_t rows;   // pixels of one task: all, or with channels innermost kGroup
 
   int64_t blocks() const { return (channels + block - 1) / block; }
-  int64_t tasks() const { return samples * blocks(); }
+  int64_t row_blocks() const { return (pixels + rows - 1) / rows; }
+  int64_t tasks() const { return samples * row_blocks() * blocks(); }
+  int64_t elements_of_task() const { return block * rows; }
 };
+
+// Where the rows of a map are cut, its mean is known only when all of them are summed, so the two halves are calls of
+// their own.
+enum class Step : int8_t { whole, sum, apply };
 
 // Vectors, means and sums are in the accumulation type: double for f64, else float. Null means absent.
 struct CenterForward {
   Layout layout;
+  Step step;
   Dtype dtype;
   Activation activation;
   double slope;
@@ -29,13 +41,15 @@ struct CenterForward {
   const void* mean_scale;
   const void* bias;
   void* output;          // may be `input`
-  void* map_mean;        // (N, C), null: leave the mean in
+  void* map_mean;        // (N, C), null: leave the mean in; read by `apply`, else written
+  void* partials;        // (N, row blocks, C), written by `sum`: the sums of their rows
   void* pre_activation;  // like output, for smooth activations
   uint8_t* bits;         // rows of bits, for piecewise linear activations
 };
 
 struct CenterBackward {
   Layout layout;
+  Step step;
   Dtype dtype;
   Activation activation;
   double slope;
@@ -49,8 +63,8 @@ struct CenterBackward {
   const void* mean_scale;
   void* grad_input;
   void* grad_residual;  // e
-  void* sums;           // (N, C): sum of e
-  void* dots;           // (N, C): sum of e * input
+  void* sums;           // (N, C): sum of e; by `sum` (N, row blocks, C), of their rows; read by `apply`
+  void* dots;           // (N, C): sum of e * input; likewise, but for `apply`
 };
 
 struct WindowMean : Windows {

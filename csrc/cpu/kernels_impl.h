@@ -10,10 +10,6 @@ using VectorOf = typename Storage<T>::V;
 template <class T>
 using ScalarOf = typename Vector<VectorOf<T>>::Scalar;
 
-// Rows summed before their sum is added to the total: the rounding error then grows with this plus the number of
-// groups, not with the number of rows.
-constexpr int64_t kGroup = 128;
-
 // Of the activations only the sort is a template argument; within one the choice is a select or a predictable branch.
 enum class Sort { identity, relu, piecewise, smooth };
 
@@ -131,20 +127,24 @@ DC_INLINE V error_at(const T* grad_output, const T* pre_activation, const uint8_
 // One task's part of a tensor: `rows` rows of `length` elements, `stride` apart.
 struct Slab {
   int64_t sample, channel;  // the first
+  int64_t sums;             // where its sums are among those of all row blocks
   int64_t channels;
   int64_t rows, length, stride;
   int64_t first;           // element
   int64_t bits, bits_row;  // byte of the first element's bit, bytes between rows
 
   Slab(const Layout& layout, int64_t task) {
-    sample = task / layout.blocks();
+    const int64_t row_block = task / layout.blocks();
+    sample = row_block / layout.row_blocks();
     channel = task % layout.blocks() * layout.block;
+    sums = row_block * layout.channels + channel;
     channels = std::min(layout.block, layout.channels - channel);
     bits_row = layout.bytes_of_bits_row();
     if (layout.channels_innermost) {
-      rows = layout.pixels, length = channels, stride = layout.channels;
-      first = sample * layout.pixels * layout.channels + channel;
-      bits = sample * layout.pixels * bits_row + channel / 8;
+      const int64_t above = row_block % layout.row_blocks() * layout.rows, row = sample * layout.pixels + above;
+      rows = std::min(layout.rows, layout.pixels - above), length = channels, stride = layout.channels;
+      first = row * layout.channels + channel;
+      bits = row * bits_row + channel / 8;
     } else {
       rows = 1, length = layout.pixels, stride = 0;
       first = (sample * layout.channels + channel) * layout.pixels;
@@ -215,13 +215,15 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   const A* biases = offset<A>(p.bias, slab.channel);
   if (p.map_mean) {
     A* means = offset<A>(p.map_mean, slab.sample * p.layout.channels + slab.channel);
-    sum_slab<V, channels_innermost>(slab, means, [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
-      return load(input + row * slab.stride + i, tail);
-    });
-    for (int64_t c = 0; c < slab.channels; ++c) {
-      means[c] /= A(p.layout.pixels);
-      removed[c] = means[c] * (mean_scales ? mean_scales[c] : A(p.constant));
+    if (p.step != Step::apply) {
+      A* sums = p.step == Step::sum ? offset<A>(p.partials, slab.sums) : means;
+      sum_slab<V, channels_innermost>(slab, sums, [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
+        return load(input + row * slab.stride + i, tail);
+      });
+      if (p.step == Step::sum) return;
+      for (int64_t c = 0; c < slab.channels; ++c) means[c] /= A(p.layout.pixels);
     }
+    for (int64_t c = 0; c < slab.channels; ++c) removed[c] = means[c] * (mean_scales ? mean_scales[c] : A(p.constant));
   } else {
     std::fill_n(removed, slab.channels, A(0));
   }
@@ -252,7 +254,7 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
   const T* pre_activation = offset<T>(p.pre_activation, slab.first);
   const uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
-  const int64_t vector = slab.sample * p.layout.channels + slab.channel;
+  const int64_t vector = p.step == Step::sum ? slab.sums : slab.sample * p.layout.channels + slab.channel;
 
   auto error = [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
     const int64_t at = row * slab.stride + i;
@@ -261,18 +263,20 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
   };
 
   alignas(64) A sums[kMostChannels];
-  if (p.centred || p.sums) {
+  if (p.step == Step::apply) {
+    if (p.centred) std::copy_n(offset<A>(p.sums, vector), slab.channels, sums);
+  } else if (p.centred || p.sums) {
     sum_slab<V, channels_innermost>(slab, sums, error);
     if (p.sums) std::copy_n(sums, slab.channels, offset<A>(p.sums, vector));
   }
-  if (p.dots) {
+  if (p.dots && p.step != Step::apply) {
     sum_slab<V, channels_innermost>(slab, offset<A>(p.dots, vector), [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
       return error(row, i, tail) * load(input + row * slab.stride + i, tail);
     });
   }
   T* grad_input = offset<T>(p.grad_input, slab.first);
   T* grad_residual = offset<T>(p.grad_residual, slab.first);
-  if (!grad_input && !grad_residual) return;
+  if (p.step == Step::sum || (!grad_input && !grad_residual)) return;
 
   alignas(64) A removed[kMostChannels], scale[kMostChannels];
   const A* scales = offset<A>(p.scale, slab.channel);

@@ -17,7 +17,7 @@ static Tensor window_mean(const Tensor& input, at::IntArrayRef kernel_size, at::
   const Tensor means = at::empty(window_mean_sizes(x, kernel_size), x.options().memory_format(std::nullopt));
   p.input = data(x);
   p.means = mutable_data(means);
-  for_tasks(p.layout.tasks(), p.layout.block * p.layout.pixels,
+  for_tasks(p.layout.tasks(), p.layout.elements_of_task(),
             [&](int64_t begin, int64_t end) { kernels().window_mean(p, begin, end); });
   return means;
 }

@@ -192,7 +192,18 @@ static void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t 
 static Layout layout_of(int64_t samples, int64_t channels, int64_t pixels, bool channels_innermost) {
   const int64_t most = random_below(2) ? kMostChannels : 32;
   const int64_t block = channels_innermost ? std::min((channels + 31) / 32 * 32, most) : 1;
-  return {{samples, channels, pixels, channels_innermost}, block};
+  return {{samples, channels, pixels, channels_innermost}, block, pixels};
+}
+
+// As the tasks of `l` with their rows cut write them, by channel and sample.
+static void add_row_blocks(const Layout& l, const Values& partials, Values& sums, double divisor) {
+  for (int64_t map = 0; map < l.samples * l.channels; ++map) {
+    double sum = 0;
+    for (int64_t block = 0; block < l.row_blocks(); ++block) {
+      sum += partials[(map / l.channels * l.row_blocks() + block) * l.channels + map % l.channels];
+    }
+    sums.set(map, sum / divisor);
+  }
 }
 
 // Calls f(map, pixel, element, row of bits, place in it) for every element; `map` counts samples * channels.
@@ -224,6 +235,13 @@ static void center_forward(Dtype dtype, Activation activation, const Layout& l, 
   p.input = input.data(), p.residual = residual.data(), p.output = output.data();
   p.gain = gain.data(), p.bias = bias.data(), p.mean_scale = mean_scale.data(), p.map_mean = map_mean.data();
   p.pre_activation = pre_activation.data(), p.bits = bits.data();
+  if (centred && l.row_blocks() > 1) {
+    Values partials("partials", vector, maps * l.row_blocks());
+    p.step = Step::sum, p.partials = partials.data();
+    run(kernels().center_forward, p, l.tasks());
+    add_row_blocks(l, partials, map_mean, l.pixels);
+    p.step = Step::apply, p.partials = nullptr;
+  }
   run(kernels().center_forward, p, l.tasks());
 
   std::vector<double> means(maps);
@@ -260,7 +278,19 @@ static void center_backward(Dtype dtype, Activation activation, const Layout& l,
   p.grad_output = grad_output.data(), p.input = input.data(), p.pre_activation = pre_activation.data();
   p.bits = bits.data(), p.scale = scale.data(), p.mean_scale = mean_scale.data(), p.grad_input = grad_input.data();
   p.grad_residual = grad_residual.data(), p.sums = sums.data(), p.dots = dots.data();
-  run(kernels().center_backward, p, l.tasks());
+  if (l.row_blocks() > 1 && (centred || sums.data() || dots.data())) {
+    Values all_sums("all sums", vector, maps);
+    Values partial_sums("partial sums", vector, maps * l.row_blocks(), centred || sums.data());
+    Values partial_dots("partial dots", vector, maps * l.row_blocks(), dots.data());
+    p.step = Step::sum, p.sums = partial_sums.data(), p.dots = partial_dots.data();
+    run(kernels().center_backward, p, l.tasks());
+    if (partial_sums.data()) add_row_blocks(l, partial_sums, sums.data() ? sums : all_sums, 1);
+    if (partial_dots.data()) add_row_blocks(l, partial_dots, dots, 1);
+    p.step = Step::apply, p.sums = sums.data() ? sums.data() : all_sums.data(), p.dots = nullptr;
+    run(kernels().center_backward, p, l.tasks());
+  } else {
+    run(kernels().center_backward, p, l.tasks());
+  }
 
   std::vector<double> wanted_sums(maps), wanted_dots(maps);
   auto error = [&](int64_t i, int64_t row, int64_t place) {
@@ -807,7 +837,8 @@ static void all_cases() {
       for (const auto& [channels, pixels] : shapes) {
         const bool large = channels * pixels > 9999;
         for (int a = large; a < 7; a += large ? 2 : 1) {
-          const Layout layout = layout_of(large ? 1 : 2, channels, pixels, innermost);
+          Layout layout = layout_of(large ? 1 : 2, channels, pixels, innermost);
+          if (innermost && a % 2) layout.rows = kGroup;
           current = where + " activation " + std::to_string(a) + ", " + std::to_string(channels) + " channels, " +
                     std::to_string(pixels) + " pixels";
           center_forward(dtype, Activation(a), layout, options);
