@@ -94,8 +94,8 @@ struct PointwiseForward {
   Activation activation;
   double slope;
   int64_t samples, pixels, channels, filters;
-  int64_t rows;    // pixels of one task
-  int64_t panels;  // panels of filters of one task
+  int64_t row_tiles;  // that the pixels of a sample are cut into
+  int64_t panels;     // panels of filters of one task
   const void* input;
   const void* weight;  // packed by pack_weight
   const void* gain;    // (filters), null for 1
@@ -105,13 +105,18 @@ struct PointwiseForward {
   void* pre_activation;
   uint8_t* bits;
 
-  int64_t row_tiles() const { return (pixels + rows - 1) / rows; }
+  // Tiles are alike but for the rows that are computed at once.
+  int64_t first_row(int64_t tile) const {
+    const int64_t all = (pixels + kRowsAtOnce - 1) / kRowsAtOnce;
+    return std::min(all * tile / row_tiles * kRowsAtOnce, pixels);
+  }
   int64_t panel_tiles() const { return (all_panels() + panels - 1) / panels; }
   int64_t all_panels() const { return (filters + kPanel - 1) / kPanel; }
-  int64_t tasks() const { return samples * row_tiles() * panel_tiles(); }
+  int64_t tasks() const { return samples * row_tiles * panel_tiles(); }
 
   // Filters of one panel of packed weights.
   static constexpr int64_t kPanel = 64;
+  static constexpr int64_t kRowsAtOnce = 6;
 };
 
 // The backward pass of the same layer: dz' is computed tile by tile in `scratch` and meets both matrix products there.
@@ -191,11 +196,17 @@ struct PlanarTile {
 };
 struct PlanarTiles {
   int64_t samples, pixels;
+  int64_t parts;  // of a map
   int64_t count;
 
-  PlanarTiles(int64_t samples, int64_t pixels, int64_t slots) : samples(samples), pixels(pixels) {
+  PlanarTiles(int64_t samples, int64_t pixels, int64_t slots)
+      : samples(samples), pixels(pixels), parts((pixels + kMost - 1) / kMost) {
     if (!has_whole_maps()) {
-      count = samples * parts();
+      // Few parts are made more, so that each slot gets as many.
+      if (samples * parts < 8 * slots) {
+        while (samples * parts % slots != 0 && parts < panels()) ++parts;
+      }
+      count = samples * parts;
       return;
     }
     const int64_t least = (samples + kMost / pixels - 1) / (kMost / pixels);
@@ -209,9 +220,9 @@ struct PlanarTiles {
       return {first, samples * (tile + 1) / count - first, 0, pixels};
     }
     // Parts begin at whole panels, and so at whole bytes of bits.
-    const int64_t part = tile % parts(), first = panels() * part / parts() * kPanel;
-    const int64_t last = std::min(pixels, panels() * (part + 1) / parts() * kPanel);
-    return {tile / parts(), 1, first, last - first};
+    const int64_t part = tile % parts, first = panels() * part / parts * kPanel;
+    const int64_t last = std::min(pixels, panels() * (part + 1) / parts * kPanel);
+    return {tile / parts, 1, first, last - first};
   }
 
   // Most columns of a tile: one map of 14 x 14, five of 7 x 7.
@@ -220,7 +231,6 @@ struct PlanarTiles {
 
  private:
   int64_t panels() const { return (pixels + kPanel - 1) / kPanel; }
-  int64_t parts() const { return (pixels + kMost - 1) / kMost; }
 };
 
 // A convolution by one tap at stride one in contiguous layout: (filters x channels) by (channels x pixels), and everything

@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include <numeric>
+
 #include "pointwise.h"
 #include "workspace.h"
 
@@ -42,7 +44,11 @@ static Tensor transposed(const Tensor& w) {
 
 static void run(PlanarForward& p) {
   const int64_t threads = at::get_num_threads();
-  p.blocks = (threads + p.tiles.count - 1) / p.tiles.count;
+  // Few tiles are shared out with their filters, so that each thread gets as many tasks, if a block's filters are worth it.
+  constexpr int64_t kLeastFilters = 24;
+  const int64_t tiles = p.tiles.count, least = (threads + tiles - 1) / tiles;
+  p.blocks = least;
+  if (tiles < 8 * threads) p.blocks = std::clamp(threads / std::gcd(tiles, threads), least, std::max(least, p.filters / kLeastFilters));
   const Workspace workspace(threads * p.scratch_bytes());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {

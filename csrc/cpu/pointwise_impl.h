@@ -7,6 +7,7 @@
 
 constexpr int64_t kPanel = PointwiseForward::kPanel;
 constexpr int64_t kLeftPanel = PointwiseBackward::kLeftPanel;
+static_assert(PointwiseForward::kRowsAtOnce == kRowsAtOnce);
 
 // One operand of a product over rows: units (elements, for bfloat16 pairs of two rows, zero for a missing row) in panels
 // of `width` columns, inside a panel step by step. Read in order a panel streams through the first-level cache; at the
@@ -120,9 +121,9 @@ template <class T, Sort sort>
 void pointwise_forward_task(const PointwiseForward& p, int64_t task) {
   const PiecewiseLinear<f32v> piecewise(p.activation, p.slope);
   const int64_t panel_tile = task % p.panel_tiles();
-  const int64_t row_tile = task / p.panel_tiles() % p.row_tiles();
-  const int64_t sample = task / p.panel_tiles() / p.row_tiles();
-  const int64_t first_row = row_tile * p.rows, last_row = std::min(first_row + p.rows, p.pixels);
+  const int64_t row_tile = task / p.panel_tiles() % p.row_tiles;
+  const int64_t sample = task / p.panel_tiles() / p.row_tiles;
+  const int64_t first_row = p.first_row(row_tile), last_row = p.first_row(row_tile + 1);
   const int64_t first = panel_tile * p.panels * kPanel;
   const int64_t last = std::min(first + p.panels * kPanel, p.filters);
   for (int64_t o = first; o < last; o += kColumnsAtOnce) {

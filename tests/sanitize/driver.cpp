@@ -418,7 +418,7 @@ static void pointwise_forward(Dtype dtype, Activation activation, int64_t pixels
   PointwiseForward p{};
   p.dtype = dtype, p.activation = activation, p.slope = kSlope;
   p.samples = samples, p.pixels = pixels, p.channels = channels, p.filters = filters;
-  p.rows = options & 8 ? 24 : 96, p.panels = options & 16 ? 1 : p.all_panels();
+  p.row_tiles = std::max<int64_t>(pixels / (options & 8 ? 24 : 96), 1), p.panels = options & 16 ? 1 : p.all_panels();
   p.input = input.data(), p.weight = packed.values.data(), p.gain = gain.data(), p.shift = shift.data();
   p.residual = residual.data(), p.output = output.data();
   p.pre_activation = pre_activation.data(), p.bits = bits.data();
