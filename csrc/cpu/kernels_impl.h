@@ -197,6 +197,16 @@ DC_INLINE void sum_slab(const Slab& slab, typename Vector<V>::Scalar* sums, Term
   }
 }
 
+// Calls body(count, row) for all rows of a slab, `count` of them at once: rows of channels meet the same vectors, which so
+// are loaded once for several rows.
+template <bool channels_innermost, Sort sort, class Body>
+DC_INLINE void each_rows_of_slab(const Slab& slab, Body&& body) {
+  constexpr int at_once = channels_innermost && sort != Sort::smooth ? 4 : 1;
+  int64_t row = 0;
+  for (; row + at_once <= slab.rows; row += at_once) body(std::integral_constant<int, at_once>{}, row);
+  for (; row < slab.rows; ++row) body(std::integral_constant<int, 1>{}, row);
+}
+
 template <class T, bool channels_innermost, Sort sort>
 void center_forward_task(const CenterForward& p, int64_t task) {
   using V = VectorOf<T>;
@@ -209,7 +219,8 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
 
-  alignas(64) A removed[kMostChannels], scale[kMostChannels], bias[kMostChannels];
+  // One multiplication and addition an element: scale * (z - removed) + bias = scale * z + shift.
+  alignas(64) A removed[kMostChannels], scale[kMostChannels], shift[kMostChannels];
   const A* gains = offset<A>(p.gain, slab.channel);
   const A* mean_scales = offset<A>(p.mean_scale, slab.channel);
   const A* biases = offset<A>(p.bias, slab.channel);
@@ -229,19 +240,22 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   }
   for (int64_t c = 0; c < slab.channels; ++c) {
     scale[c] = gains ? gains[c] : A(1);
-    bias[c] = biases ? biases[c] : A(0);
+    shift[c] = (biases ? biases[c] : A(0)) - removed[c] * scale[c];
   }
-  for (int64_t row = 0; row < slab.rows; ++row) {
-    const int64_t start = row * slab.stride;
+  each_rows_of_slab<channels_innermost, sort>(slab, [&](auto count, int64_t row) DC_LAMBDA {
     each_vector<V>(slab.length, [&](int64_t i, auto tail) DC_LAMBDA {
-      V pre = (load(input + start + i, tail) - per_element<channels_innermost>(removed, i, tail)) *
-                  per_element<channels_innermost>(scale, i, tail) +
-              per_element<channels_innermost>(bias, i, tail);
-      if (residual) pre += load(residual + start + i, tail);
-      activate<T, sort>(pre, output + start + i, offset<T>(pre_activation, start + i),
-                        offset<uint8_t>(bits, row * slab.bits_row + i / 8), piecewise, p.activation, tail);
+      const V scales = per_element<channels_innermost>(scale, i, tail);
+      const V shifts = per_element<channels_innermost>(shift, i, tail);
+#pragma GCC unroll 4
+      for (int64_t r = row; r < row + count.value; ++r) {
+        const int64_t at = r * slab.stride + i;
+        V pre = load(input + at, tail) * scales + shifts;
+        if (residual) pre += load(residual + at, tail);
+        activate<T, sort>(pre, output + at, offset<T>(pre_activation, at),
+                          offset<uint8_t>(bits, r * slab.bits_row + i / 8), piecewise, p.activation, tail);
+      }
     });
-  }
+  });
 }
 
 template <class T, bool channels_innermost, Sort sort>
@@ -278,25 +292,26 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
   T* grad_residual = offset<T>(p.grad_residual, slab.first);
   if (p.step == Step::sum || (!grad_input && !grad_residual)) return;
 
-  alignas(64) A removed[kMostChannels], scale[kMostChannels];
+  alignas(64) A shift[kMostChannels], scale[kMostChannels];
   const A* scales = offset<A>(p.scale, slab.channel);
   const A* mean_scales = offset<A>(p.mean_scale, slab.channel);
   for (int64_t c = 0; c < slab.channels; ++c) {
     const A mean_scale = mean_scales ? mean_scales[c] : A(p.constant);
-    removed[c] = p.centred ? sums[c] / A(p.layout.pixels) * mean_scale : A(0);
     scale[c] = scales ? scales[c] : A(1);
+    shift[c] = p.centred ? -(sums[c] / A(p.layout.pixels) * mean_scale) * scale[c] : A(0);
   }
-  for (int64_t row = 0; row < slab.rows; ++row) {
-    const int64_t start = row * slab.stride;
+  each_rows_of_slab<channels_innermost, sort>(slab, [&](auto count, int64_t row) DC_LAMBDA {
     each_vector<V>(slab.length, [&](int64_t i, auto tail) DC_LAMBDA {
-      V e = error(row, i, tail);
-      if (grad_residual) store(grad_residual + start + i, e, tail);
-      if (grad_input) {
-        V centred = e - per_element<channels_innermost>(removed, i, tail);
-        store(grad_input + start + i, centred * per_element<channels_innermost>(scale, i, tail), tail);
+      const V factors = per_element<channels_innermost>(scale, i, tail);
+      const V shifts = per_element<channels_innermost>(shift, i, tail);
+#pragma GCC unroll 4
+      for (int64_t r = row; r < row + count.value; ++r) {
+        const V e = error(r, i, tail);
+        if (grad_residual) store(grad_residual + r * slab.stride + i, e, tail);
+        if (grad_input) store(grad_input + r * slab.stride + i, e * factors + shifts, tail);
       }
     });
-  }
+  });
 }
 
 // Input positions offset + stride * [first, last) lie inside the map, for a tap at `offset` from the padded corner.
