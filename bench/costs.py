@@ -108,6 +108,8 @@ def samples_of(run: Run, name: str) -> list[Sample]:
                 continue
             plan = _ops.extension.plan_conv_cpu(case(shape, setting))
             mode = "forward" if setting.mode == "forward" else "backward"
+            if plan[mode]["obstacles"][algorithm]:  # that pass was another's
+                continue
             place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, plan["kind"], mode)
             counts = plan[mode]["operations"][algorithm], plan[mode]["bytes"]
             found.append(Sample(place, row.case, setting.batch, algorithm, *counts, seconds, name))

@@ -16,7 +16,7 @@ from . import bootstrap, plot
 from .options import RESULTS
 from .pictures import label, mean, means, roofline, scaling, typical
 from .reading import InputError, is_ours
-from .report import by_setting, verdicts_table
+from .report import by_setting, significant, verdicts_table
 from .rows import Row, Run, Setting, UnknownFormatError, read
 
 HELP = "write the section Measured of README.md and its pictures from the newest files in bench/results"
@@ -291,7 +291,7 @@ def _bandwidth(one: Found) -> Iterator[str]:
     lines = [["kernel", "dtype, layout, mode", "GB/s", "share of a copy, geometric mean"]]
     for key, rows in groups.items():
         speeds = [row.bytes / median(row.seconds["ours"]) / 1e9 for row in rows]
-        spread = f"{min(speeds):.0f} to {max(speeds):.0f}" if len(speeds) > 1 else f"{speeds[0]:.0f}"
+        spread = " to ".join(significant(speed) for speed in dict.fromkeys((min(speeds), max(speeds))))
         share = bootstrap.geometric_mean([row.ratios(row.baseline, "ours") for row in rows])
         lines.append([*key, spread, _interval(share)])
     yield markdown_table(lines)

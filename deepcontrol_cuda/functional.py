@@ -61,8 +61,6 @@ def deep_control(
     _check_vectors(input, input.shape[1], gain, mean_scale, bias)
     _check_residual(input, residual, input.shape)
     _check_activation(activation)
-    if 0 in input.shape[2:]:
-        raise ValueError(f"input: got an empty map, shape {tuple(input.shape)}, wanted at least one pixel")
     backend = backends.choose(input, backend, "center")
     if backend == "reference":
         return reference.deep_control(
@@ -364,6 +362,8 @@ def _check_input(input: Tensor, rank: int | None) -> None:
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, wanted (N, C, *spatial) with 1 to 3 spatial dimensions"
         )
+    if rank is None and 0 in input.shape[2:]:
+        raise ValueError(f"input: got an empty map, shape {tuple(input.shape)}, wanted at least one pixel")
     if rank is not None and spatial != rank:
         axes = ("L", "H, W", "D, H, W")[rank - 1]
         raise ValueError(f"input: got shape {tuple(input.shape)}, wanted (N, C, {axes})")

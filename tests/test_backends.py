@@ -165,6 +165,8 @@ def test_explain_refuses_maps_that_the_op_refuses():
             backends.explain(X[0, 0], op=op)
         with pytest.raises(TypeError, match="input: got list, wanted a tensor"):
             backends.explain([1.0], op=op)
+    with pytest.raises(ValueError, match=r"input: got an empty map, shape \(1, 2, 3, 0\)"):
+        backends.explain(X[..., :0], op="center")
     assert backends.explain(X[0, 0], op="project_kernel_gradients_")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -286,8 +285,7 @@ def test_one_tap_needs_no_library_convolution(kernel, fused, channels_last):
     x = x.to(memory_format=memory_format(x, channels_last)).requires_grad_()
     w = torch.randn(32, 16, kernel, kernel, requires_grad=True)
     # Which algorithm such a small layer gets by itself is the table's to say.
-    preferred = dc.backends.prefer("product", "cpu") if fused else nullcontext()
-    with preferred, torch.profiler.profile() as profile:
+    with dc.backends.prefer("product" if fused else "two passes", "cpu"), torch.profiler.profile() as profile:
         dc.functional.deep_control_conv2d(x, w, activation="relu").sum().backward()
     names = {event.name for event in profile.events()}
     assert names.isdisjoint({"aten::convolution", "aten::convolution_backward"}) == fused
@@ -527,6 +525,22 @@ def test_sums_do_not_drift(backend, channels_last):
     assert (got - oracle).abs().max() < 4 * 1000 * torch.finfo(torch.float32).eps
 
 
+@on_every_gpu
+@layouts
+def test_what_is_constant_cancels_exactly(backend, channels_last):
+    """No rounding error lets a gradient through that the reference stops, whatever the gain."""
+    x = torch.full((2, 40, 4, 4), 3.25)
+    x = x.contiguous(memory_format=memory_format(x, channels_last)).requires_grad_()
+    gain = torch.linspace(0.3, 1.7, 40)
+    y = dc.functional.deep_control(x, gain, activation="relu", backend=backend)
+    y.backward(torch.full_like(y, 0.7))
+    assert (y == 0).all()
+    assert (x.grad == 0).all()
+    x.grad = None
+    dc.functional.deep_control(x, gain, backend=backend).backward(torch.full_like(y, 0.75))
+    assert (x.grad == 0).all()
+
+
 @layouts
 @pytest.mark.parametrize(("channels", "filters"), [(2048, 64), (64, 2048)])
 def test_long_sums_of_products_do_not_drift(channels, filters, channels_last):
@@ -565,13 +579,14 @@ def test_bit_equal_from_run_to_run(backend, channels_last, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_a_product_is_bit_equal_and_does_not_depend_on_the_batch(channels_last, dtype):
     """Tiles of one tap's product hold as many maps as there are, or parts of a map."""
-    for size in (7, 14, 17):
-        x = torch.randn(6, 64, size, size).to(dtype)
+    # Five samples, and 25 x 25 pixels, are no even share for two threads: maps are split further, or with filters.
+    for batch, size in ((6, 7), (6, 14), (6, 17), (5, 14), (5, 25)):
+        x = torch.randn(batch, 64, size, size).to(dtype)
         x = x.contiguous(memory_format=memory_format(x, channels_last))
-        w, seed = torch.randn(34, 64, 1, 1).to(dtype), torch.randn(6, 34, size, size).to(dtype)
+        w, seed = torch.randn(66, 64, 1, 1).to(dtype), torch.randn(batch, 66, size, size).to(dtype)
         runs = []
-        for samples in (slice(6), slice(6), slice(4, 5)):
-            leaves = [x[samples].clone().requires_grad_(), w.clone().requires_grad_(), torch.rand(34).fill_(0.7)]
+        for samples in (slice(batch), slice(batch), slice(4, 5)):
+            leaves = [x[samples].clone().requires_grad_(), w.clone().requires_grad_(), torch.rand(66).fill_(0.7)]
             y = dc.functional.deep_control_conv2d(*leaves, activation="relu", backend="cpu")
             y.backward(seed[samples])
             runs.append((y.detach(), leaves[0].grad, leaves[1].grad))
@@ -609,10 +624,11 @@ def test_a_large_sample_does_not_depend_on_its_batch(backend, channels_last, dty
             assert torch.equal(whole[3:4], alone)
 
 
+@pytest.mark.parametrize("backend", ["cpu"])
 @layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
-def test_a_mean_does_not_depend_on_the_number_of_threads(channels_last, dtype):
-    """One shares out samples; two and three share out the rows of a map whose channels exceed a task's."""
+def test_center_does_not_depend_on_the_number_of_threads(backend, channels_last, dtype):
+    """One shares out samples; two and three share out the pixels of a map whose channels exceed a task's."""
     accumulation = torch.promote_types(dtype, torch.float32)
     x, grad, residual = (
         t.contiguous(memory_format=memory_format(t, channels_last)) for t in torch.randn(3, 1, 530, 45, 35).to(dtype)
@@ -624,7 +640,7 @@ def test_a_mean_does_not_depend_on_the_number_of_threads(channels_last, dtype):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             leaves = [t.clone().requires_grad_() for t in (x, *vectors, residual)]
-            y = dc.functional.deep_control(*leaves[:-1], residual=leaves[-1], activation="relu", backend="cpu")
+            y = dc.functional.deep_control(*leaves[:-1], residual=leaves[-1], activation="relu", backend=backend)
             runs.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
     finally:
         torch.set_num_threads(threads)

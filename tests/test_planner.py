@@ -160,8 +160,10 @@ def test_costs_are_those_of_the_layer(table):
     ("algorithm", "shape", "forward", "backward"),
     [
         ("two passes", Shape(24, 40, 3, 14), 2 * 196 * 40 * 24 * 9, 4 * 196 * 40 * 24 * 9),
-        # Whole vectors of 16 filters forward, of as many channels backward.
-        ("product", Shape(24, 40, 1, 14), 2 * 196 * 48 * 24, 4 * 196 * 40 * 32),
+        # Vectors of 16 filters forward, of as many channels backward: one, two or four of them.
+        ("product", Shape(24, 40, 1, 14), 2 * 196 * 64 * 24, 4 * 196 * 40 * 32),
+        ("product", Shape(72, 136, 1, 14), 2 * 196 * 144 * 72, 4 * 196 * 136 * 80),
+        ("direct", Shape(40, 40, 3, 14, groups=40), 2 * 196 * 48 * 9, 4 * 196 * 48 * 9),
         # Tiles of 4 x 2 of a whole map, of 2 x 2 for the weight, panels of 64 but the weight's channels.
         ("winograd", Shape(96, 128, 3, 15), 2 * 24 * 32 * 128 * 96, 2 * 24 * 32 * 128 * 128 + 2 * 16 * 64 * 128 * 96),
     ],

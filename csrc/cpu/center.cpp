@@ -30,7 +30,7 @@ static void add_row_blocks_as(const Layout& layout, const Tensor& partials, cons
   });
 }
 
-// In the order of the rows, as one task would add them: the bits do not depend on how they are cut.
+// In the order of the rows, as one task would add them: the bits do not depend on whether they are split.
 static void add_row_blocks(const Layout& layout, const Tensor& partials, const Tensor& sums, int64_t divisor) {
   sums.scalar_type() == at::kDouble ? add_row_blocks_as<double>(layout, partials, sums, double(divisor))
                                     : add_row_blocks_as<float>(layout, partials, sums, float(divisor));
@@ -109,25 +109,28 @@ CenteredError center_error(const Tensor& grad_output, const Tensor& input, const
   p.mean_scale = data(mean_scale);
   p.grad_input = mutable_data(result.grad_input);
   p.grad_residual = mutable_data(result.grad_residual);
-  const auto run = [&](Step step, const Tensor& sums, const Tensor& dots) {
+  const bool needs_sums = p.centred || wanted.sums;
+  const bool splits = p.layout.row_blocks() > 1 && (needs_sums || wanted.dots);
+  const Tensor sums = splits && p.centred && !wanted.sums ? at::empty({grad.size(0), grad.size(1)}, vectors) : result.sums;
+  p.sums = mutable_data(sums);
+  p.dots = mutable_data(result.dots);
+  const auto run = [&](Step step) {
     p.step = step;
-    p.sums = mutable_data(sums);
-    p.dots = mutable_data(dots);
     for_tasks(p.layout.tasks(), p.layout.elements_of_task(),
               [&](int64_t begin, int64_t end) { kernels().center_backward(p, begin, end); });
   };
-  const bool needs_sums = p.centred || wanted.sums;
-  if (!(needs_sums || wanted.dots) || p.layout.row_blocks() <= 1) {
-    run(Step::whole, result.sums, result.dots);
+  if (!splits) {
+    run(Step::whole);
     return result;
   }
-  const Tensor sums = !needs_sums || wanted.sums ? result.sums : at::empty({grad.size(0), grad.size(1)}, vectors);
   const Tensor partial_sums = needs_sums ? partials_of(p.layout, vectors) : Tensor();
   const Tensor partial_dots = wanted.dots ? partials_of(p.layout, vectors) : Tensor();
-  run(Step::sum, partial_sums, partial_dots);
+  p.partial_sums = mutable_data(partial_sums);
+  p.partial_dots = mutable_data(partial_dots);
+  run(Step::sum);
   if (needs_sums) add_row_blocks(p.layout, partial_sums, sums, 1);
   if (wanted.dots) add_row_blocks(p.layout, partial_dots, result.dots, 1);
-  if (wanted.grad_input || wanted.grad_residual) run(Step::apply, sums, {});
+  if (wanted.grad_input || wanted.grad_residual) run(Step::apply);
   return result;
 }
 

@@ -143,10 +143,10 @@ const char* why_not_winograd(const ConvCase& c) {
   return nullptr;
 }
 
-static int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
+int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of; }
 
 // Products of a sample and one input channel, in the transformed tiles of the pass's own output, the input's gradient backward.
-static int64_t winograd_products(Pass pass, const ConvCase& c) {
+int64_t winograd_products(Pass pass, const ConvCase& c) {
   const WinogradTile tile =
       winograd_tile(c.dtype, std::min(c.channels * c.input_pixels(), c.filters * c.pixels()), c.channels_last);
   const int64_t* size = pass == Pass::forward ? c.windows.output : c.windows.size;
@@ -252,6 +252,11 @@ Kind kind_of(const ConvCase& c) {
 double operations_of(Algorithm algorithm, Pass pass, const ConvCase& c) {
   constexpr int64_t kVector = 16;  // floats, of AVX-512
   const auto vectors = [](int64_t columns) { return whole(columns, kVector) * kVector; };
+  // A panel of four vectors whose last are empty is computed by as many as hold it, but three as four.
+  const auto panels = [&](int64_t columns) {
+    const int64_t rest = columns % (4 * kVector);
+    return columns - rest + (rest > 2 * kVector ? 4 * kVector : vectors(rest));
+  };
   if (algorithm == Algorithm::winograd) {
     const double own = 2.0 * double(c.samples) * double(winograd_products(pass, c));
     if (pass == Pass::forward) return own * double(c.channels);
@@ -262,10 +267,13 @@ double operations_of(Algorithm algorithm, Pass pass, const ConvCase& c) {
   }
   // In contiguous layout pixels fill the vectors, of several samples where one has few.
   const bool fills = algorithm == Algorithm::product && !is_planar(c);
-  if (pass == Pass::forward) {
-    return 2.0 * double(c.rows()) * double(fills ? vectors(c.filters) : c.filters) * double(c.columns());
+  if (algorithm == Algorithm::direct) {
+    return (pass == Pass::forward ? 2.0 : 4.0) * double(c.rows()) * double(vectors(c.filters)) * double(c.columns());
   }
-  return 4.0 * double(c.rows()) * double(c.filters) * double(fills ? vectors(c.channels) : c.columns());
+  if (pass == Pass::forward) {
+    return 2.0 * double(c.rows()) * double(fills ? panels(c.filters) : c.filters) * double(c.columns());
+  }
+  return 4.0 * double(c.rows()) * double(c.filters) * double(fills ? panels(c.channels) : c.columns());
 }
 
 // Forward reads input and weights and writes the output; backward reads the like of all three, a bit for each element that
@@ -312,8 +320,7 @@ static std::optional<Algorithm> cheaper_than(Algorithm other, Pass pass, const C
   for (const Algorithm algorithm : kAlgorithms) {
     const Cost* cost = algorithm == other ? nullptr : table->find(algorithm, pass, c);
     if (!cost || cost->seconds(c) >= std::min(least, most * (1 - std::max(cost->error, known->error)))) continue;
-    // What the rule says of a layer unlike those that were measured, as of one with few filters, no row knows.
-    if (why_not(algorithm, pass, c) || !is_faster(algorithm, pass, c)) continue;
+    if (why_not(algorithm, pass, c)) continue;
     best = algorithm;
     least = cost->seconds(c);
   }

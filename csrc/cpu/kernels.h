@@ -18,13 +18,14 @@ struct Layout : Maps {
   int64_t rows;   // pixels of one task: all, or with channels innermost kGroup
 
   int64_t blocks() const { return (channels + block - 1) / block; }
-  int64_t row_blocks() const { return (pixels + rows - 1) / rows; }
+  int64_t row_blocks() const { return rows < pixels ? (pixels + rows - 1) / rows : 1; }
   int64_t tasks() const { return samples * row_blocks() * blocks(); }
   int64_t elements_of_task() const { return block * rows; }
 };
 
-// Where the rows of a map are cut, its mean is known only when all of them are summed, so the two halves are calls of
-// their own.
+// Where the pixels of a map are split, its mean is known only when all of them are summed, so the two halves are calls of
+// their own. `sum` writes one task's sums, which nobody else adds to; with as many pixels as a group has their order and
+// so their bits are those of `whole`.
 enum class Step : int8_t { whole, sum, apply };
 
 // Vectors, means and sums are in the accumulation type: double for f64, else float. Null means absent.
@@ -63,9 +64,23 @@ struct CenterBackward {
   const void* mean_scale;
   void* grad_input;
   void* grad_residual;  // e
-  void* sums;           // (N, C): sum of e; by `sum` (N, row blocks, C), of their rows; read by `apply`
-  void* dots;           // (N, C): sum of e * input; likewise, but for `apply`
+  void* sums;           // (N, C): sum of e; read by `apply`, written by `whole`
+  void* dots;           // (N, C): sum of e * input; written by `whole`
+  void* partial_sums;   // (N, row blocks, C), written by `sum`
+  void* partial_dots;   // likewise
 };
+
+// How many tiles, `least` to `most`, each of `samples` had better be cut into, so that no thread has much more to do than
+// another.
+inline int64_t even_tiles(int64_t samples, int64_t least, int64_t most, int64_t threads) {
+  const auto rounds = [&](int64_t tiles) { return (samples * tiles + threads - 1) / threads; };
+  int64_t best = least;
+  for (int64_t tiles = least + 1; tiles <= most && rounds(least) <= 8; ++tiles) {
+    // More tiles cost a little themselves: less than a twentieth is not worth it.
+    if (rounds(tiles) * best * 20 < rounds(best) * tiles * 19) best = tiles;
+  }
+  return best;
+}
 
 struct WindowMean : Windows {
   Layout layout;
@@ -202,10 +217,7 @@ struct PlanarTiles {
   PlanarTiles(int64_t samples, int64_t pixels, int64_t slots)
       : samples(samples), pixels(pixels), parts((pixels + kMost - 1) / kMost) {
     if (!has_whole_maps()) {
-      // Few parts are made more, so that each slot gets as many.
-      if (samples * parts < 8 * slots) {
-        while (samples * parts % slots != 0 && parts < panels()) ++parts;
-      }
+      parts = even_tiles(samples, parts, panels(), slots);
       count = samples * parts;
       return;
     }
@@ -387,7 +399,7 @@ struct DepthwiseWeightGrad {
   int64_t padded() const { return tasks() * Depthwise::kMostLanes * taps; }
 };
 
-// Each works on the tasks begin..end: (sample, block of channels), or filters for the weight gradient.
+// Each works on the tasks begin..end: (sample, block of pixels, block of channels), or filters for the weight gradient.
 struct Kernels {
   const char* isa;
   void (*center_forward)(const CenterForward&, int64_t begin, int64_t end);

@@ -3,7 +3,7 @@
 // the standard library compiled for AVX-512 must not be the copy that the linker keeps.
 //
 // Bytes, forward: one read of the input (and residual), one write of the output; a task's slab stays in the cache
-// between its sum and its apply. Backward: one read of grad_output and of the activation's bits, one write.
+// between its sum and its apply, or where pixels are split the whole tensor does. Backward: one read of grad_output and of the activation's bits, one write.
 
 template <class T>
 using VectorOf = typename Storage<T>::V;
@@ -127,7 +127,7 @@ DC_INLINE V error_at(const T* grad_output, const T* pre_activation, const uint8_
 // One task's part of a tensor: `rows` rows of `length` elements, `stride` apart.
 struct Slab {
   int64_t sample, channel;  // the first
-  int64_t sums;             // where its sums are among those of all row blocks
+  int64_t first_sum;        // among those of all row blocks
   int64_t channels;
   int64_t rows, length, stride;
   int64_t first;           // element
@@ -137,7 +137,7 @@ struct Slab {
     const int64_t row_block = task / layout.blocks();
     sample = row_block / layout.row_blocks();
     channel = task % layout.blocks() * layout.block;
-    sums = row_block * layout.channels + channel;
+    first_sum = row_block * layout.channels + channel;
     channels = std::min(layout.block, layout.channels - channel);
     bits_row = layout.bytes_of_bits_row();
     if (layout.channels_innermost) {
@@ -219,15 +219,15 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
 
-  // One multiplication and addition an element: scale * (z - removed) + bias = scale * z + shift.
-  alignas(64) A removed[kMostChannels], scale[kMostChannels], shift[kMostChannels];
+  // Not folded into scale * z + shift, which is as fast: what is constant cancels exactly.
+  alignas(64) A removed[kMostChannels], scale[kMostChannels], bias[kMostChannels];
   const A* gains = offset<A>(p.gain, slab.channel);
   const A* mean_scales = offset<A>(p.mean_scale, slab.channel);
   const A* biases = offset<A>(p.bias, slab.channel);
   if (p.map_mean) {
     A* means = offset<A>(p.map_mean, slab.sample * p.layout.channels + slab.channel);
     if (p.step != Step::apply) {
-      A* sums = p.step == Step::sum ? offset<A>(p.partials, slab.sums) : means;
+      A* sums = p.step == Step::sum ? offset<A>(p.partials, slab.first_sum) : means;
       sum_slab<V, channels_innermost>(slab, sums, [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
         return load(input + row * slab.stride + i, tail);
       });
@@ -240,16 +240,17 @@ void center_forward_task(const CenterForward& p, int64_t task) {
   }
   for (int64_t c = 0; c < slab.channels; ++c) {
     scale[c] = gains ? gains[c] : A(1);
-    shift[c] = (biases ? biases[c] : A(0)) - removed[c] * scale[c];
+    bias[c] = biases ? biases[c] : A(0);
   }
   each_rows_of_slab<channels_innermost, sort>(slab, [&](auto count, int64_t row) DC_LAMBDA {
     each_vector<V>(slab.length, [&](int64_t i, auto tail) DC_LAMBDA {
+      const V means = per_element<channels_innermost>(removed, i, tail);
       const V scales = per_element<channels_innermost>(scale, i, tail);
-      const V shifts = per_element<channels_innermost>(shift, i, tail);
+      const V added = per_element<channels_innermost>(bias, i, tail);
 #pragma GCC unroll 4
       for (int64_t r = row; r < row + count.value; ++r) {
         const int64_t at = r * slab.stride + i;
-        V pre = load(input + at, tail) * scales + shifts;
+        V pre = (load(input + at, tail) - means) * scales + added;
         if (residual) pre += load(residual + at, tail);
         activate<T, sort>(pre, output + at, offset<T>(pre_activation, at),
                           offset<uint8_t>(bits, r * slab.bits_row + i / 8), piecewise, p.activation, tail);
@@ -268,7 +269,7 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
   const T* pre_activation = offset<T>(p.pre_activation, slab.first);
   const uint8_t* bits = offset<uint8_t>(p.bits, slab.bits);
   const PiecewiseLinear<V> piecewise(p.activation, p.slope);
-  const int64_t vector = p.step == Step::sum ? slab.sums : slab.sample * p.layout.channels + slab.channel;
+  const int64_t vector = slab.sample * p.layout.channels + slab.channel;
 
   auto error = [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
     const int64_t at = row * slab.stride + i;
@@ -281,10 +282,12 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
     if (p.centred) std::copy_n(offset<A>(p.sums, vector), slab.channels, sums);
   } else if (p.centred || p.sums) {
     sum_slab<V, channels_innermost>(slab, sums, error);
-    if (p.sums) std::copy_n(sums, slab.channels, offset<A>(p.sums, vector));
+    A* all = p.step == Step::sum ? offset<A>(p.partial_sums, slab.first_sum) : offset<A>(p.sums, vector);
+    if (all) std::copy_n(sums, slab.channels, all);
   }
   if (p.dots && p.step != Step::apply) {
-    sum_slab<V, channels_innermost>(slab, offset<A>(p.dots, vector), [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
+    A* all = p.step == Step::sum ? offset<A>(p.partial_dots, slab.first_sum) : offset<A>(p.dots, vector);
+    sum_slab<V, channels_innermost>(slab, all, [&](int64_t row, int64_t i, auto tail) DC_LAMBDA {
       return error(row, i, tail) * load(input + row * slab.stride + i, tail);
     });
   }
@@ -292,23 +295,23 @@ void center_backward_task(const CenterBackward& p, int64_t task) {
   T* grad_residual = offset<T>(p.grad_residual, slab.first);
   if (p.step == Step::sum || (!grad_input && !grad_residual)) return;
 
-  alignas(64) A shift[kMostChannels], scale[kMostChannels];
+  alignas(64) A removed[kMostChannels], scale[kMostChannels];
   const A* scales = offset<A>(p.scale, slab.channel);
   const A* mean_scales = offset<A>(p.mean_scale, slab.channel);
   for (int64_t c = 0; c < slab.channels; ++c) {
     const A mean_scale = mean_scales ? mean_scales[c] : A(p.constant);
+    removed[c] = p.centred ? sums[c] / A(p.layout.pixels) * mean_scale : A(0);
     scale[c] = scales ? scales[c] : A(1);
-    shift[c] = p.centred ? -(sums[c] / A(p.layout.pixels) * mean_scale) * scale[c] : A(0);
   }
   each_rows_of_slab<channels_innermost, sort>(slab, [&](auto count, int64_t row) DC_LAMBDA {
     each_vector<V>(slab.length, [&](int64_t i, auto tail) DC_LAMBDA {
+      const V means = per_element<channels_innermost>(removed, i, tail);
       const V factors = per_element<channels_innermost>(scale, i, tail);
-      const V shifts = per_element<channels_innermost>(shift, i, tail);
 #pragma GCC unroll 4
       for (int64_t r = row; r < row + count.value; ++r) {
         const V e = error(r, i, tail);
         if (grad_residual) store(grad_residual + r * slab.stride + i, e, tail);
-        if (grad_input) store(grad_input + r * slab.stride + i, e * factors + shifts, tail);
+        if (grad_input) store(grad_input + r * slab.stride + i, (e - means) * factors, tail);
       }
     });
   });

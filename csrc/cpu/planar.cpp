@@ -2,8 +2,6 @@
 
 #include <ATen/ops/empty_like.h>
 
-#include <numeric>
-
 #include "pointwise.h"
 #include "workspace.h"
 
@@ -44,11 +42,10 @@ static Tensor transposed(const Tensor& w) {
 
 static void run(PlanarForward& p) {
   const int64_t threads = at::get_num_threads();
-  // Few tiles are shared out with their filters, so that each thread gets as many tasks, if a block's filters are worth it.
+  // A block's filters should be worth what each brings its tile's pixels into order for.
   constexpr int64_t kLeastFilters = 24;
-  const int64_t tiles = p.tiles.count, least = (threads + tiles - 1) / tiles;
-  p.blocks = least;
-  if (tiles < 8 * threads) p.blocks = std::clamp(threads / std::gcd(tiles, threads), least, std::max(least, p.filters / kLeastFilters));
+  const int64_t least = (threads + p.tiles.count - 1) / p.tiles.count;
+  p.blocks = even_tiles(p.tiles.count, least, p.filters / kLeastFilters, threads);
   const Workspace workspace(threads * p.scratch_bytes());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {

@@ -85,15 +85,12 @@ static void run(PointwiseForward& p, const Tensor& x, const Tensor& w) {
   const Workspace packed(packed_bytes(w, x, false));
   pack(w, p.dtype, false, packed.data());
   p.weight = packed.data();
-  // A task's rows of the input should stay in the second-level cache while panel after panel of filters passes; few tiles
-  // are made more, so that each thread gets as many, and where they are fewer than threads, the panels are shared out too.
+  // A task's rows of the input should stay in the second-level cache while panel after panel of filters passes; where
+  // there are fewer such tiles than threads, the panels are shared out too.
   constexpr int64_t kTileBytes = 128 * 1024, kLeastRows = 24, kMostRows = 96;
   const int64_t rows = std::clamp(kTileBytes / (p.channels * x.element_size()), kLeastRows, kMostRows);
-  const int64_t threads = at::get_num_threads(), most = std::max<int64_t>(p.pixels / kLeastRows, 1);
-  p.row_tiles = (p.pixels + rows - 1) / rows;
-  if (p.samples * p.row_tiles < 8 * threads) {
-    while (p.samples * p.row_tiles % threads != 0 && p.row_tiles < most) ++p.row_tiles;
-  }
+  const int64_t threads = at::get_num_threads();
+  p.row_tiles = even_tiles(p.samples, (p.pixels + rows - 1) / rows, p.pixels / kLeastRows, threads);
   p.panels = p.samples * p.row_tiles >= threads ? p.all_panels() : (p.all_panels() + threads - 1) / threads;
   for_tasks(p.tasks(), rows * p.panels * PointwiseForward::kPanel * p.channels,
             [&](int64_t begin, int64_t end) { kernels().pointwise_forward(p, begin, end); });

@@ -45,7 +45,7 @@ DC_INLINE void prefetch(const T* first, int64_t count) {
   for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 1, 3);
 }
 
-// The same with a's elements side by side, for sums of any length. In float32, where rounding is all the error there is,
+// accumulate with a's elements side by side, for sums of any length. In float32, where rounding is all the error there is,
 // long ones are made of parts, so that it grows with the length of a part plus the number of parts.
 template <class T, int rows, int vectors, class Unit>
 DC_INLINE void accumulate_in_parts(f32v (&sums)[rows][vectors], int64_t steps, const Unit* a, int64_t row, const Unit* b,

@@ -279,14 +279,15 @@ static void center_backward(Dtype dtype, Activation activation, const Layout& l,
   p.bits = bits.data(), p.scale = scale.data(), p.mean_scale = mean_scale.data(), p.grad_input = grad_input.data();
   p.grad_residual = grad_residual.data(), p.sums = sums.data(), p.dots = dots.data();
   if (l.row_blocks() > 1 && (centred || sums.data() || dots.data())) {
-    Values all_sums("all sums", vector, maps);
+    Values all_sums("all sums", vector, maps, centred && !sums.data());
     Values partial_sums("partial sums", vector, maps * l.row_blocks(), centred || sums.data());
     Values partial_dots("partial dots", vector, maps * l.row_blocks(), dots.data());
-    p.step = Step::sum, p.sums = partial_sums.data(), p.dots = partial_dots.data();
+    p.sums = sums.data() ? sums.data() : all_sums.data();
+    p.step = Step::sum, p.partial_sums = partial_sums.data(), p.partial_dots = partial_dots.data();
     run(kernels().center_backward, p, l.tasks());
     if (partial_sums.data()) add_row_blocks(l, partial_sums, sums.data() ? sums : all_sums, 1);
     if (partial_dots.data()) add_row_blocks(l, partial_dots, dots, 1);
-    p.step = Step::apply, p.sums = sums.data() ? sums.data() : all_sums.data(), p.dots = nullptr;
+    p.step = Step::apply, p.partial_sums = p.partial_dots = nullptr;
     run(kernels().center_backward, p, l.tasks());
   } else {
     run(kernels().center_backward, p, l.tasks());
@@ -806,7 +807,7 @@ static void planar_cases(Dtype dtype) {
   const int64_t odd = dtype == Dtype::f32;  // bfloat16 is multiplied in pairs
   const std::pair<int64_t, int64_t> sizes[] = {{2 - odd, 6 + odd}, {16 + odd, 32 + odd}, {70 + odd, 130 + odd}, {130, 64}};
   // Whole maps, one of them and several in a tile, and parts of a map.
-  constexpr int64_t maps[][2] = {{3, 1}, {6, 49}, {1, 300}};
+  constexpr int64_t maps[][2] = {{3, 1}, {6, 49}, {1, 300}, {3, 196}, {1, 600}};
   current = "planar";
   uint32_t options = 0;
   for (const auto& [channels, filters] : sizes) {
@@ -824,7 +825,7 @@ static void all_cases() {
   constexpr const char* dtype_names[] = {"f32", "f64", "bf16", "f16"};
   // Channels and pixels: fewer than a vector, one more, more channels than a task's, more rows than a group's.
   constexpr int64_t shapes[][2] = {{1, 1},    {1, 49},   {7, 49},  {17, 1},  {33, 49},
-                                   {17, 300}, {3, 2500}, {600, 1}, {600, 49}};
+                                   {17, 300}, {3, 2500}, {600, 1}, {600, 49}, {600, 300}};
   constexpr int64_t geometries[][6][3] = {
       {{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}}, {{1, 1, 49}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
       {{1, 7, 7}, {1, 3, 3}, {1, 2, 2}, {0, 1, 1}, {1, 1, 1}}, {{3, 4, 5}, {2, 3, 2}, {1, 2, 3}, {1, 2, 0}, {2, 1, 2}},
