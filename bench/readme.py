@@ -26,8 +26,9 @@ END = "<!-- End of what `python -m bench readme` writes. -->"
 PICTURES = "docs/pictures"
 _BATCH_NORM, _BARE = "conv_bn_relu", "conv_relu"
 _MEAN_SHIFT = "ours, mean shift rejection"
-# The set of shapes that the targets are set for.
-_SET = "resnet50"
+# The set of shapes and the batch that the targets are set for.
+_SET, _BATCH = "resnet50", 8
+_LAYERS = f"layers, {_SET}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Found:
 
 
 def newest(folder: Path) -> dict[str, Found]:
-    """The last whole run of each command, by command, on a CPU; "layers, SET" and "gpu, NAME" for each set and GPU.
+    """The last whole run of each command on a CPU, by command; "layers, SHAPES" and "gpu, NAME" for shapes and GPUs.
 
     Quick runs and files of other formats are passed over.
     """
@@ -66,18 +67,22 @@ def _order(path: Path) -> tuple[str, int]:
 def _key(run: Run) -> str:
     if gpu := run.content.get("gpu"):
         return f"{run.command}, {gpu['name']}"
-    return f"{run.command}, {run.conditions.get('set', _SET)}" if run.command == "layers" else run.command
+    return f"layers, {_shapes(run)}" if run.command == "layers" else run.command
+
+
+def _shapes(run: Run) -> str:
+    batch = run.conditions.get("batch", _BATCH)
+    return run.conditions.get("set", _SET) + ("" if batch == _BATCH else f", batch {batch}")
 
 
 def section(found: Mapping[str, Found]) -> str:
     """Markdown between the two comments. Raises ``InputError`` where there is nothing to write of."""
-    if f"layers, {_SET}" not in found:
+    if _LAYERS not in found:
         raise InputError(
             "bench/results: no whole run of 'layers' in the format of this version; make one: python -m bench layers"
         )
-    parts = list(_layers(found[f"layers, {_SET}"]))
-    sets = [one for one in found.values() if one.run.command == "layers" and "gpu" not in one.run.content]
-    parts += _other_sets([one for one in sets if one.run.conditions.get("set") != _SET])
+    parts = list(_layers(found[_LAYERS]))
+    parts += _other_shapes([one for key, one in found.items() if key.startswith("layers, ") and key != _LAYERS])
     for command, write in _PARTS.items():
         if command in found:
             parts += write(found[command])
@@ -90,7 +95,7 @@ def section(found: Mapping[str, Found]) -> str:
 
 def drawings(found: Mapping[str, Found]) -> dict[str, tuple[Run, Callable]]:
     """By file name what README's pictures are drawn of, and by what."""
-    wanted = {"layers.svg": (f"layers, {_SET}", means), "roofline.svg": (f"layers, {_SET}", roofline)}
+    wanted = {"layers.svg": (_LAYERS, means), "roofline.svg": (_LAYERS, roofline)}
     wanted["scaling.svg"] = ("scaling", scaling)
     return {name: (found[key].run, draw) for name, (key, draw) in wanted.items() if key in found}
 
@@ -216,7 +221,7 @@ def _reading(rows: Sequence[Row]) -> str:
     )
 
 
-def _other_sets(found: Sequence[Found]) -> Iterator[str]:
+def _other_shapes(found: Sequence[Found]) -> Iterator[str]:
     if not found:
         return
     head = ["shapes", "dtype, layout, mode", "layers", "ours over conv + ReLU", "worst layer of ours"]
@@ -224,13 +229,17 @@ def _other_sets(found: Sequence[Found]) -> Iterator[str]:
     for one in found:
         for setting, rows in by_setting(one.run.rows).items():
             ours, over = (_interval(mean(rows, *peers)) for peers in (("ours",), (_BATCH_NORM, "ours")))
-            shapes = f"{one.run.conditions['set']} ({one.link})"
+            shapes = f"{_shapes(one.run)} ({one.link})"
             lines.append([shapes, _place(setting, one.run), str(len(rows)), ours, _worst(rows), over])
     yield "All other shapes that were timed, geometric means with 95 % intervals:"
     yield markdown_table(lines)
+    reached = []
     for one in found:
-        for text in _targets(one.run):
-            yield f"{one.run.conditions['set']}: {text}" if text.startswith("Targets") else text
+        judged = [verdict.reached for verdict in one.run.verdicts if verdict.reached is not None]
+        if judged:
+            reached.append(f"{sum(judged)} of {len(judged)} with {_shapes(one.run)}")
+    if reached:
+        yield f"Targets reached: {', '.join(reached)}. The files have them all."
 
 
 def _worst(rows: Sequence[Row]) -> str:

@@ -355,6 +355,17 @@ def test_a_changed_file_changes_the_readme(made, tmp_path):
     assert readme.stale(readme.newest(made / "results"), made) == []
 
 
+def test_other_shapes_and_batches_do_not_take_the_place_of_the_targets(made, tmp_path):
+    for file in (made / "results").iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    for number, conditions in enumerate(({"set": "vgg16", "batch": 8}, {"set": "resnet50", "batch": 1}), start=2):
+        write(tmp_path, f"2026-01-31_cpu_x_layers_{number}", few(conditions=conditions))
+    written = readme.section(readme.newest(tmp_path))
+    assert "[`2026-01-31_cpu_x_layers.json`]" in written.partition("\n| ")[0]
+    assert "| vgg16 ([`2026-01-31_cpu_x_layers_2.json`]" in written
+    assert "| resnet50, batch 1 ([`2026-01-31_cpu_x_layers_3.json`]" in written
+
+
 def test_readme_agrees_with_the_committed_results():
     found = readme.newest(ROOT / "bench/results")
     if not found:
