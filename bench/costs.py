@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -130,24 +130,43 @@ def fit_all(samples: Iterable[Sample]) -> list[Cost]:
 
 
 def fit(place: Place, algorithm: str, samples: Sequence[Sample]) -> Cost:
-    """The fixed, per-operation and per-byte seconds, none negative, with the least squares of relative deviations."""
+    """The fixed, per-operation and per-byte seconds, none negative.
+
+    The sum of ``|log(predicted / measured)|`` is least: half and twice are as wrong as each other, and layers that page
+    faults made slow weigh no more than others.
+    """
     seconds = torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)
     terms = torch.tensor([[1e-6, s.operations / 1e12, s.bytes / 1e12] for s in samples], dtype=torch.float64)
     terms = terms / seconds[:, None]
     best, least = None, float("inf")
     # With so few terms the constraint is met by trying which of them take part.
     for chosen in (subset for size in (1, 2, 3) for subset in combinations(range(3), size)):
-        solution = torch.linalg.lstsq(terms[:, chosen], torch.ones_like(seconds)[:, None], driver="gelsd").solution[
-            :, 0
-        ]
-        misfit = (terms[:, chosen] @ solution - 1).square().sum().item()
-        if (solution >= 0).all() and misfit < least:
-            best, least = dict(zip(chosen, solution.tolist())), misfit
+        for solution in _improved(terms[:, chosen]):
+            misfit = (terms[:, chosen] @ solution).log().abs().sum().item()
+            if (solution >= 0).all() and misfit < least:
+                best, least = dict(zip(chosen, solution.tolist())), misfit
     rates = [float(f"{best.get(i, 0.0):.4g}") for i in range(3)]
     results = ", ".join(sorted({sample.result for sample in samples}))
     cost = Cost(**vars(place), algorithm=algorithm, **_rates(rates), layers=len(samples), error=0.0, results=results)
     error = statistics.median(abs(deviation(cost, sample)) for sample in samples)
     return Cost(**vars(cost) | {"error": float(f"{error:.2g}")})
+
+
+def _improved(terms: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Solutions x, from that of least squares on, of ``log(terms @ x) = 0`` with the least sum of absolute values.
+
+    By Gauss and Newton, in each step with the weights that turn squares into absolute values.
+    """
+    weights, wanted = torch.ones(len(terms), 1, dtype=terms.dtype), torch.ones(len(terms), 1, dtype=terms.dtype)
+    rows = terms
+    for _ in range(30):
+        solution = torch.linalg.lstsq(weights * rows, weights * wanted, driver="gelsd").solution
+        ratios = terms @ solution
+        if (ratios <= 0).any():
+            return
+        yield solution[:, 0]
+        rows, wanted = terms / ratios, 1 - ratios.log()
+        weights = ratios.log().abs().clamp(min=0.001).rsqrt()
 
 
 def _rates(rates: Sequence[float]) -> dict[str, float]:

@@ -445,6 +445,35 @@ def measured(isa, seconds_of):
     return Run("layers", "2026-01-31", {"cpu": "x"}, versions, None, {}, True, rows=tuple(found))
 
 
+def test_the_table_of_the_package_is_fitted_to_the_committed_runs():
+    paths = sorted(bench.costs.RESULTS.glob("*_cpu_*_layers*.json"))
+    samples = [sample for path in paths for sample in bench.costs.samples_of(rows.read(path), path.name)]
+    here = _ops.extension.info()["isa"]
+    if {sample.place.hardware for sample in samples} != {here}:
+        pytest.skip(f"what {here} kernels take is not what was measured, and so nor is what they count")
+    found = {(*vars(c).values(),)[:8]: c for c in bench.costs.fit_all(samples)}
+    table = {(*vars(c).values(),)[:8]: c for c in costs.read(costs.FILE)}
+    assert found.keys() == table.keys()
+    for sample in samples:
+        key = (*vars(sample.place).values(), sample.algorithm)
+        if key in table:
+            counts = sample.operations, sample.bytes
+            assert table[key].seconds(*counts) == pytest.approx(found[key].seconds(*counts), rel=0.05), sample
+
+
+def test_a_fit_does_not_follow_what_something_else_made_slow():
+    place = bench.costs.Place("cpu", "avx2", 2, "float32", "contiguous", "1x1", "forward")
+    law = costs.Cost(*vars(place).values(), "product", 200.0, 2.0, 300.0, 0, 0.0, "")
+    samples = []
+    for i in range(16):
+        operations, size = 1e8 * (1 + i % 4) ** 2, 1e6 * (1 + i // 4) ** 2
+        seconds = law.seconds(operations, size) * (3 if i in (3, 6, 11, 12) else 1)
+        samples.append(bench.costs.Sample(place, f"layer {i}", 8, "product", operations, size, seconds, "x.json"))
+    found = bench.costs.fit(place, "product", samples)
+    for name in ("fixed_microseconds", "milliseconds_per_gigaoperation", "milliseconds_per_gigabyte"):
+        assert getattr(found, name) == pytest.approx(getattr(law, name), rel=0.02)
+
+
 def test_a_table_is_fitted_to_a_run(tmp_path, capsys):
     """Costs that are made of fixed time, operations and bytes are found again, and the table is read by the planner."""
     rates = {"product": (1e-4, 4e-12, 3e-11), "two passes": (0.0, 5e-12, 6e-11)}
