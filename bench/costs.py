@@ -95,19 +95,20 @@ def samples_of(run: Run, name: str) -> list[Sample]:
     found = []
     for row in sorted(run.rows, key=lambda row: row.setting.mode):  # forward first
         shape = _SHAPES.get(row.case)
-        if shape is None or shape.reads_image:  # the first layer of a network has no input gradient
+        is_forward = row.setting.mode == "forward"
+        if shape is None or (shape.reads_image and not is_forward):  # without the input's gradient it is another pass
             continue
         for algorithm, seconds in _by_algorithm(row).items():
             setting = row.setting
             key = (row.case, algorithm, setting.dtype, setting.layout, setting.batch, setting.threads)
-            if setting.mode == "forward":
+            if is_forward:
                 forward[key] = seconds
             elif seconds > forward.get(key, seconds):
                 seconds -= forward[key]
             else:
                 continue
             plan = _ops.extension.plan_conv_cpu(case(shape, setting))
-            mode = "forward" if setting.mode == "forward" else "backward"
+            mode = "forward" if is_forward else "backward"
             if plan[mode]["obstacles"][algorithm]:  # that pass was another's
                 continue
             place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, plan["kind"], mode)
