@@ -475,8 +475,8 @@ def test_ways_of_computing_agree(tmp_path, arguments, options, tolerance):
 
 
 def test_layouts_agree(tmp_path):
-    # Four small steps: behind 21 the reference itself is up to 7 % apart, as rounding decides some ReLU. By one algorithm:
-    # Winograd rounds otherwise than the library, and for which layers it is faster depends on the layout.
+    # Four small steps: behind 21 the reference itself is up to 7 % apart, as rounding decides some ReLU. And by one
+    # algorithm: Winograd rounds otherwise than the library, and for which layers it is faster depends on the layout.
     with backends.prefer("two passes", "cpu"):
         assert difference(tmp_path, ["--batch-size", "320", "--learning-rate", "0.01"], ["--no-channels-last"]) < 1e-4
 
