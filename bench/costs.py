@@ -98,8 +98,10 @@ def samples_of(run: Run, name: str) -> list[Sample]:
         is_forward = row.setting.mode == "forward"
         if shape is None or (shape.reads_image and not is_forward):  # without the input's gradient it is another pass
             continue
+        setting, mode = row.setting, "forward" if is_forward else "backward"
+        plan = _ops.extension.plan_conv_cpu(case(shape, setting))
+        place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, plan["kind"], mode)
         for algorithm, seconds in _by_algorithm(row).items():
-            setting = row.setting
             key = (row.case, algorithm, setting.dtype, setting.layout, setting.batch, setting.threads)
             if is_forward:
                 forward[key] = seconds
@@ -107,11 +109,8 @@ def samples_of(run: Run, name: str) -> list[Sample]:
                 seconds -= forward[key]
             else:
                 continue
-            plan = _ops.extension.plan_conv_cpu(case(shape, setting))
-            mode = "forward" if is_forward else "backward"
             if plan[mode]["obstacles"][algorithm]:  # that pass was another's
                 continue
-            place = Place("cpu", hardware, setting.threads, setting.dtype, setting.layout, plan["kind"], mode)
             counts = plan[mode]["operations"][algorithm], plan[mode]["bytes"]
             found.append(Sample(place, row.case, setting.batch, algorithm, *counts, seconds, name))
     return found

@@ -319,10 +319,11 @@ static std::optional<Algorithm> cheaper_than(Algorithm other, Pass pass, const C
   double least = most;
   for (const Algorithm algorithm : kAlgorithms) {
     const Cost* cost = algorithm == other ? nullptr : table->find(algorithm, pass, c);
-    if (!cost || cost->seconds(c) >= std::min(least, most * (1 - std::max(cost->error, known->error)))) continue;
-    if (why_not(algorithm, pass, c)) continue;
+    if (!cost || why_not(algorithm, pass, c)) continue;
+    const double seconds = cost->seconds(c);
+    if (seconds >= std::min(least, most * (1 - std::max(cost->error, known->error)))) continue;
     best = algorithm;
-    least = cost->seconds(c);
+    least = seconds;
   }
   return best;
 }

@@ -3,7 +3,8 @@
 // the standard library compiled for AVX-512 must not be the copy that the linker keeps.
 //
 // Bytes, forward: one read of the input (and residual), one write of the output; a task's slab stays in the cache
-// between its sum and its apply, or where pixels are split the whole tensor does. Backward: one read of grad_output and of the activation's bits, one write.
+// between its sum and its apply, or where pixels are split the whole tensor does, if it fits. Backward: one read of
+// grad_output and of the activation's bits, one write.
 
 template <class T>
 using VectorOf = typename Storage<T>::V;
